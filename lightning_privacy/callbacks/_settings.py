@@ -1,0 +1,144 @@
+"""What a user of the callback configures, checked as far as that goes without data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
+from lightning_privacy.types import (
+    ACCOUNTANT_NAMES,
+    CLIPPING_KINDS,
+    LOSS_REDUCTIONS,
+    AccountantName,
+    ClippingKind,
+    LossReduction,
+    PrivacyUnit,
+    one_of,
+    real_number,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_NO_EPSILON = "an ε that cannot be computed, or that says nothing"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrivacySettings:
+    """The constructor arguments of `DifferentialPrivacy`, which documents them.
+
+    Raises:
+        ConfigurationError: An argument is outside its range, or the budget is not determined.
+        UnsupportedOperationError: The unit is not supported yet.
+    """
+
+    epsilon: float | None
+    delta: float
+    clip_norm: float
+    noise_multiplier: float | None
+    expected_batch_size: int | None
+    sample_rate: float | None
+    dataset_size: int | None
+    clipping: ClippingKind
+    accountant: AccountantName
+    loss_reduction: LossReduction
+    unit: str
+    releases_per_draw: int | None
+    independence_check: bool
+    independent_buffers: Sequence[str]
+    test_seed: int | None
+    journal: bool
+    journal_dir: str | None
+
+    def __post_init__(self) -> None:
+        """Check every argument that can be checked without a data set."""
+        self._check_budget()
+        self._check_sampling()
+        self._check_choices()
+
+    def _check_budget(self) -> None:
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ConfigurationError(
+                must="the budget or the noise is given",
+                found="neither epsilon nor noise_multiplier",
+                cost=_NO_EPSILON,
+                remedy="pass epsilon=8.0 to calibrate the noise, noise_multiplier=1.0 to fix it, "
+                "or both to train with that noise until ε would be exceeded",
+            )
+        if self.epsilon is not None:
+            real_number(
+                "epsilon", self.epsilon, "(0, inf)", cost=_NO_EPSILON, remedy="pass for example 8.0"
+            )
+        if self.noise_multiplier is not None:
+            real_number(
+                "noise_multiplier",
+                self.noise_multiplier,
+                # Without noise in deterministic test mode only, where ε is infinite anyway.
+                "(0, inf)" if self.test_seed is None else "[0, inf)",
+                cost="released gradients without noise: ε is infinite",
+                remedy="pass the standard deviation of the noise divided by clip_norm, such as 1.0",
+            )
+        real_number(
+            "delta",
+            self.delta,
+            "(0, 1)",
+            cost=_NO_EPSILON,
+            remedy="pass a δ well below one over the number of units, for instance 1e-6",
+        )
+        real_number(
+            "clip_norm",
+            self.clip_norm,
+            "(0, inf)",
+            cost="a sensitivity that is not bounded",
+            remedy="pass the largest norm of one unit's gradient, such as 1.0",
+        )
+
+    def _check_sampling(self) -> None:
+        if self.sample_rate is not None:
+            real_number(
+                "sample_rate",
+                self.sample_rate,
+                "(0, 1]",
+                cost="an ε that describes a sampling that was not done",
+                remedy="pass the probability with which each unit is drawn",
+            )
+        for name in ("expected_batch_size", "dataset_size", "releases_per_draw"):
+            if getattr(self, name) is not None:
+                whole_number(
+                    name,
+                    getattr(self, name),
+                    at_least=1,
+                    cost="a public constant of the mechanism without meaning",
+                    remedy=f"pass {name} as a positive whole number, or leave it out",
+                )
+        if self.test_seed is not None:
+            whole_number(
+                "test_seed",
+                self.test_seed,
+                at_least=0,
+                cost="a test that cannot be repeated",
+                remedy="pass a whole number >= 0, or None for a run that is private",
+            )
+
+    def _check_choices(self) -> None:
+        wrong = "a mechanism whose analysis is not known"
+        one_of("clipping", self.clipping, CLIPPING_KINDS, cost=wrong, remedy='use "flat"')
+        one_of("accountant", self.accountant, ACCOUNTANT_NAMES, cost=wrong, remedy='use "pld"')
+        one_of(
+            "loss_reduction",
+            self.loss_reduction,
+            LOSS_REDUCTIONS,
+            cost="gradients clipped at the wrong scale",
+            remedy='say what the loss does over the examples of a batch: "mean" or "sum"',
+        )
+        units = tuple(str(unit) for unit in PrivacyUnit)
+        one_of("unit", self.unit, units, cost=wrong, remedy='use "example"')
+        if self.unit == PrivacyUnit.USER:
+            raise UnsupportedOperationError(
+                must="the privacy unit is one example",
+                found='unit="user"',
+                cost="draws of examples, accounted as if they were draws of users",
+                remedy='use unit="example", with all text of a user in one example if need be',
+            )

@@ -1,0 +1,373 @@
+"""`DifferentialPrivacy`: the one callback that makes a fit private."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from typing_extensions import override
+
+from lightning_privacy.callbacks._planning import (
+    EpsilonSoFar,
+    epsilon_of,
+    make_plan,
+    sampling_of,
+)
+from lightning_privacy.callbacks._probe import checked_layouts
+from lightning_privacy.callbacks._settings import PrivacySettings
+from lightning_privacy.callbacks._state import STATE_KEY, RunState, local_directory
+from lightning_privacy.callbacks._tally import Tally
+from lightning_privacy.callbacks._validation import (
+    refuse_module,
+    refuse_optimizers,
+    refuse_trainer,
+    state_missing,
+    warn_compiled,
+)
+from lightning_privacy.errors import GuaranteeError
+from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_seed
+from lightning_privacy.reports import PrivacySummary, print_summary
+from lightning_privacy.sampling import PoissonSampler, PrivateLoader
+from lightning_privacy.sampling.loader import check_loader
+from lightning_privacy.step import PrivateStep
+from lightning_privacy.strategies import PrivateRun, privatize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lightning_privacy.plan import PrivacyPlan
+    from lightning_privacy.types import AccountantName, ClippingKind, LossReduction
+
+_EACH_STEP: Final[dict[str, Any]] = {"on_step": True, "on_epoch": False, "batch_size": 1}
+
+
+class DifferentialPrivacy(Callback):
+    """Trains any LightningModule with differential privacy, and says truly how much.
+
+    Each optimizer step becomes a private step: every example is drawn independently with
+    probability q, its gradient is clipped to norm ``clip_norm``, Gaussian noise of standard
+    deviation ``noise_multiplier`` times ``clip_norm`` is added to the sum, and the result divided
+    by the expected batch size, a public constant (Abadi et al. 2016, arXiv 1607.00133). Nothing
+    is wrapped: module, optimizer and checkpoints keep their classes and names.
+
+    The guarantee is (ε, δ)-differential privacy of everything that the noised gradients determine,
+    the trained weights first of all. It needs a loss that is a mean (or sum) over examples of a
+    function of each example alone, which is checked before the first step. Figures computed on
+    private data without noise, such as losses, metrics and what is chosen by them, are not
+    covered, and marked so.
+
+    Give ``epsilon`` to have the noise calibrated for the planned steps; or ``noise_multiplier``, to
+    learn the ε of the planned steps; or both, to train with that noise and stop before ε would be
+    exceeded.
+
+    Args:
+        epsilon: The budget ε > 0.
+        delta: δ in (0, 1); well below one over the number of units.
+        clip_norm: The largest norm C > 0 of one unit's gradient.
+        noise_multiplier: Standard deviation of the noise divided by ``clip_norm``, > 0.
+        expected_batch_size: The logical batch: how many units one step draws on average. The
+            DataLoader's ``batch_size`` is the physical one, which has to fit into memory. By
+            default they are the same.
+        sample_rate: Probability q in (0, 1] with which each unit is drawn; by default
+            ``expected_batch_size`` over ``dataset_size``.
+        dataset_size: The number of units where it is public; by default the data set's own length,
+            which is then taken as public (neighbouring relation zero-out).
+        clipping: "flat", "per_layer" or "automatic".
+        accountant: "pld" (tightest), "prv" or "rdp".
+        loss_reduction: Whether the loss is a "mean" or a "sum" over the examples of a batch.
+        unit: What is protected: "example".
+        releases_per_draw: Optimizer steps on one batch, in manual optimization; by default the
+            number of optimizers.
+        independence_check: Whether to check, before the first step, that each example's gradient
+            depends on that example alone.
+        independent_buffers: Names or patterns of persistent buffers, or metric states, declared to
+            be independent of the data; any other that training changes is refused.
+        test_seed: Deterministic test mode: draws and noise follow from this number, resuming
+            repeats the unbroken run bit for bit, and the reported ε is infinite.
+        journal: Whether to reserve steps on disk before they run, so that a crash loses no spent
+            budget. Needed to resume truthfully.
+        journal_dir: Where to put the journal; by default beside the checkpoints.
+        print_table: Whether to print the closing table at the end of the fit.
+
+    Raises:
+        ConfigurationError: An argument is outside its range.
+
+    Example:
+        >>> callback = DifferentialPrivacy(epsilon=8.0, delta=1e-6, expected_batch_size=512)
+        >>> trainer = Trainer(max_epochs=3, callbacks=[callback])  # doctest: +SKIP
+    """
+
+    def __init__(  # noqa: PLR0913 - one argument for each thing that can be configured
+        self,
+        *,
+        epsilon: float | None = None,
+        delta: float,
+        clip_norm: float = 1.0,
+        noise_multiplier: float | None = None,
+        expected_batch_size: int | None = None,
+        sample_rate: float | None = None,
+        dataset_size: int | None = None,
+        clipping: ClippingKind = "flat",
+        accountant: AccountantName = "pld",
+        loss_reduction: LossReduction = "mean",
+        unit: str = "example",
+        releases_per_draw: int | None = None,
+        independence_check: bool = True,
+        independent_buffers: Sequence[str] = (),
+        test_seed: int | None = None,
+        journal: bool = True,
+        journal_dir: str | None = None,
+        print_table: bool = True,
+    ) -> None:
+        self.settings = PrivacySettings(
+            epsilon=epsilon,
+            delta=delta,
+            clip_norm=clip_norm,
+            noise_multiplier=noise_multiplier,
+            expected_batch_size=expected_batch_size,
+            sample_rate=sample_rate,
+            dataset_size=dataset_size,
+            clipping=clipping,
+            accountant=accountant,
+            loss_reduction=loss_reduction,
+            unit=unit,
+            releases_per_draw=releases_per_draw,
+            independence_check=independence_check,
+            independent_buffers=tuple(independent_buffers),
+            test_seed=test_seed,
+            journal=journal,
+            journal_dir=journal_dir,
+        )
+        self.print_table = print_table
+        self._state = RunState()
+        self._tally = Tally()
+        self._secret = b""
+        self._stage: str | None = None
+        self._restored = False
+        self._trainer: Any = None
+        self._run: PrivateRun | None = None
+        self._so_far: EpsilonSoFar | None = None
+        self._planned_epsilon = 0.0
+
+    # ------------------------------------------------------------------ what a user may ask
+    @property
+    def plan(self) -> PrivacyPlan | None:
+        """The plan of the run; None before the training loader is known."""
+        return self._state.plan
+
+    @property
+    def steps(self) -> int:
+        """Private steps charged so far, over all fits and resumes of this run."""
+        return self._state.ledger.count
+
+    def epsilon(self) -> float:
+        """The ε spent so far, exactly as the accountant gives it.
+
+        Returns:
+            ε >= 0; infinite in deterministic test mode once a step was made.
+        """
+        plan = self._state.plan
+        return 0.0 if plan is None else epsilon_of(self._state.ledger.releases, plan)
+
+    def summary(self) -> PrivacySummary:
+        """What the run promised, spent and saw, as the closing table shows it.
+
+        Returns:
+            The summary.
+
+        Raises:
+            GuaranteeError: Nothing was trained yet.
+        """
+        plan = self._state.plan
+        if plan is None:
+            raise GuaranteeError(
+                must="there is a private run to sum up",
+                found="a DifferentialPrivacy callback that has not trained",
+                cost="a table of nothing",
+                remedy="call trainer.fit first",
+            )
+        self._tally.catch_up()
+        return PrivacySummary(
+            plan=plan,
+            epsilon=max(self._planned_epsilon, self.epsilon()),
+            epsilon_at_stop=self.epsilon(),
+            planned_steps=plan.steps,
+            steps=self.steps,
+            clipped_share=self._tally.clipped_share,
+            nonfinite_units=self._tally.nonfinite,
+            validation_loss=self._tally.validation_loss,
+            journal=self.settings.journal,
+        )
+
+    # ------------------------------------------------------------------ before the first step
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be private, and turn the trainer's strategy into a private one."""
+        self._stage = stage
+        if stage != "fit":
+            return
+        refuse_trainer(trainer, pl_module, self)
+        strategy: Any = trainer.strategy
+        # Single inheritance keeps the layout, so that the class of an instance may be switched.
+        ordinary: type[Any] = type(strategy)
+        strategy.__class__ = privatize(ordinary)  # type: ignore[arg-type]
+        seed = self.settings.test_seed
+        self._secret = fresh_secret() if seed is None else secret_from_seed(seed)
+        self._trainer, self._restored = trainer, False
+        if trainer.global_step == 0:
+            self._state.steps = 0
+        self._run = strategy.private_run = PrivateRun(
+            strategy,
+            prepare_loader=self._prepare_loader,
+            start=self._start,
+            charge=self._state.charge,
+            record=self._tally.add,
+            drawn=self._state.drawn,
+            independent_buffers=self.settings.independent_buffers,
+        )
+
+    def _prepare_loader(self, dataloader: Any) -> PrivateLoader:
+        check_loader(dataloader)
+        trainer, state = self._trainer, self._state
+        sampling = sampling_of(self.settings, dataloader, trainer.world_size)
+        first = self._so_far is None
+        plan = make_plan(self.settings, state, trainer, sampling)
+        to_come = plan.release(plan.steps - state.ledger.count)
+        self._planned_epsilon = epsilon_of([*state.ledger.releases, to_come], plan)
+        self._so_far = EpsilonSoFar(plan, self._planned_epsilon)
+        if first:
+            rank_zero_info(f"DifferentialPrivacy: {sampling.note}.")
+        return PrivateLoader(
+            dataloader,
+            PoissonSampler(
+                size=len(dataloader.dataset), sample_rate=plan.sample_rate, secret=self._secret
+            ),
+            sampling.steps_per_epoch,
+            lambda: state.cursor,
+            whole_draws=not trainer.lightning_module.automatic_optimization,
+        )
+
+    def _start(self) -> PrivateStep:
+        trainer, plan = self._trainer, self._state.plan
+        module = trainer.lightning_module
+        if trainer.ckpt_path is not None and not self._restored:
+            raise state_missing(trainer.global_step)
+        assert plan is not None
+        parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        refuse_module(module, self.settings.independent_buffers)
+        refuse_optimizers(trainer.optimizers, {id(p): n for n, p in parameters.items()})
+        warn_compiled(module)
+        assert self._run is not None
+        layouts = checked_layouts(self.settings, trainer, self._run, parameters)
+        if trainer.checkpoint_callbacks:
+            self._open_journal()
+        step = PrivateStep(
+            parameters=parameters,
+            plan=plan,
+            noise=GaussianNoise(self._secret),
+            loss_reduction=self.settings.loss_reduction,
+        )
+        step.layouts = layouts
+        return step
+
+    # ------------------------------------------------------------------ while training
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log ε and what the draw looked like, and stop before the budget would be exceeded."""
+        state = self._state
+        if state.limit is not None and state.ledger.count >= state.limit:
+            trainer.should_stop = True
+        if trainer.barebones or self._so_far is None:
+            return
+        spent = self._so_far.at(state.ledger.count)
+        pl_module.log("privacy/epsilon", spent, prog_bar=True, **_EACH_STEP)
+        if state.ledger.count % self._trainer.log_every_n_steps == 0:
+            self._tally.catch_up()
+            for name, value in self._tally.latest.items():
+                pl_module.log(f"privacy/{name}", value, **_EACH_STEP)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the validation loss for the closing table."""
+        if self._stage == "fit" and not trainer.sanity_checking:
+            self._tally.note_validation(trainer.callback_metrics)
+
+    # ------------------------------------------------------------------ the end
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the closing table."""
+        if self.print_table and self._state.plan is not None and trainer.is_global_zero:
+            print_summary(self.summary())
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give every parameter its own class back and close the books."""
+        self._close(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing of the private run on module and strategy."""
+        if stage == "fit":
+            self._close(trainer)
+
+    def _close(self, trainer: Any) -> None:
+        if self._run is None:
+            return
+        self._run.close()
+        self._state.settle_journal()
+        # Without a run the strategy validates, tests and predicts as ever, and refuses to fit.
+        trainer.strategy.private_run = self._run = None
+        self._so_far = None
+
+    # ------------------------------------------------------------------ checkpoints
+    @property
+    @override
+    def state_key(self) -> str:
+        """The same for every subclass and under every name: a lost state is lost budget."""
+        return STATE_KEY
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What was spent and handed out. Opens the journal: from now on a resume is possible."""
+        if self._run is not None and self._run.step is not None:
+            self._open_journal()
+        return self._state.state_dict()
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to go on from steps of which this callback knows nothing."""
+        known = STATE_KEY in checkpoint.get("callbacks", {})
+        if self._stage == "fit" and not known and checkpoint.get("global_step", 0):
+            raise state_missing(checkpoint["global_step"])
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint knows, and charge every release since."""
+        # Validation, test and prediction load callbacks, too, and must not turn the ledger back.
+        if self._stage not in {"fit", None}:
+            return
+        directories = [self._journal_directory()]
+        if self._trainer is not None and self._trainer.ckpt_path is not None:
+            directories.append(Path(self._trainer.ckpt_path).parent)
+        self._state.restore(state_dict, directories, self.settings.journal)
+        self._restored = True
+
+    def _open_journal(self) -> None:
+        if self.settings.journal and self.settings.test_seed is None:
+            self._state.open_journal(self._journal_directory())
+
+    def _journal_directory(self) -> Path:
+        if self.settings.journal_dir is not None:
+            return Path(self.settings.journal_dir)
+        if self._trainer is None:
+            return Path()
+        checkpoints = getattr(self._trainer.checkpoint_callback, "dirpath", None)
+        return local_directory(checkpoints or self._trainer.default_root_dir)

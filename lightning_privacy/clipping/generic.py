@@ -1,0 +1,230 @@
+"""The rule for operations without a rule: `torch.func.vmap` over the rows of the batch.
+
+Row ``i`` of the result is what the operation gives for a batch of that one row and the parameter
+copy of row ``i``. Rows keep a dimension of size one inside the map, so that ``dim=`` arguments mean
+what the caller meant. The map is exact or it fails; a failure becomes a refusal that names the
+operation, the parameters and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_privacy.clipping.layout import RowDim, Signature, default_rows
+from lightning_privacy.clipping.registry import name_of
+from lightning_privacy.errors import PrivacyError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from lightning_privacy.clipping.capture import Capture
+
+_REMEDIES = {
+    "lstm": "replace nn.LSTM by opacus.layers.DPLSTM, which is built from linear layers",
+    "gru": "replace nn.GRU by opacus.layers.DPGRU, which is built from linear layers",
+    "rnn_tanh": "replace nn.RNN by opacus.layers.DPRNN, which is built from linear layers",
+    "rnn_relu": "replace nn.RNN by opacus.layers.DPRNN, which is built from linear layers",
+    "batch_norm": "replace BatchNorm by GroupNorm, or freeze it and keep it in eval mode",
+}
+
+
+def apply(
+    capture: Capture, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run ``func`` once per row, all rows at once.
+
+    Raises:
+        UnsupportedOperationError: the operation cannot be mapped over rows, mixes them, or changes
+            a parameter expression in place.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    call = _Call(capture, func, leaves, spec)
+    if not call.names:
+        return func(*args, **kwargs)
+    if capture.rows == 1:
+        return call.run([_only_row(capture, leaf) for leaf in leaves])
+    key = ("generic", *call.key)
+    signature = capture.layouts.find(key, leaves, capture.rows)
+    if signature is None and capture.observing:
+        plain = [_untagged(leaf) for leaf in leaves]
+        result = call.run(plain)
+        capture.observe(key, leaves, tree_flatten(result)[0])
+        return result
+    _refuse_in_place(call)
+    try:
+        return _mapped(call, signature)
+    except PrivacyError:
+        raise
+    except Exception as error:
+        raise call.refusal(f"{type(error).__name__}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    capture: Capture
+    func: Callable[..., Any]
+    leaves: list[Any]
+    spec: Any
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters in this call, by name, in order of the arguments."""
+        found: list[str] = []
+        for leaf in self.leaves:
+            slot = self.capture.slot(leaf)
+            found.extend((slot.name,) if slot is not None else getattr(leaf, "names", None) or ())
+        return tuple(dict.fromkeys(found)) if any(map(self.holds_rows, self.leaves)) else ()
+
+    @property
+    def key(self) -> tuple[str, tuple[str, ...]]:
+        return name_of(self.func), self.names
+
+    def holds_rows(self, leaf: object) -> bool:
+        """Whether ``leaf`` is a tagged parameter or an expression of some."""
+        return self.capture.slot(leaf) is not None or _rows(leaf) is not None
+
+    def run(self, leaves: list[Any]) -> Any:
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return self.func(*args, **kwargs)
+
+    def refusal(self, why: str) -> UnsupportedOperationError:
+        name, parameters = self.key
+        short = name.rpartition(".")[2]
+        return UnsupportedOperationError(
+            must="every operation on a trainable parameter has a per-example rule or can be mapped "
+            "over the rows of the batch",
+            found=f"{name} on {', '.join(parameters)}: {why[:600]}",
+            cost="the gradient of each example could not be clipped",
+            remedy=_REMEDIES.get(
+                short, "freeze these parameters, or write the operation so that rows come first"
+            ),
+        )
+
+
+def _mapped(call: _Call, signature: Signature | None) -> Any:
+    capture = call.capture
+    rows = capture.rows
+    values: list[Any] = []
+    dims: list[int | None] = []
+    for position, leaf in enumerate(call.leaves):
+        known = signature.inputs[position].rows if signature is not None else None
+        value, dim = _prepared(call, leaf, known, learnt=signature is not None)
+        values.append(value)
+        dims.append(dim)
+    mapped = [i for i, dim in enumerate(dims) if dim is not None]
+
+    def one_row(*tensors: Tensor) -> Any:
+        leaves = list(values)
+        for i, tensor in zip(mapped, tensors, strict=True):
+            leaves[i] = tensor
+        result = call.run(leaves)
+        return leaves[0] if in_place else result
+
+    in_place = _is_in_place(call.func)
+    in_dims = tuple(dims[i] for i in mapped)
+    with _no_fallback_warning():
+        result = torch.func.vmap(one_row, in_dims=in_dims, randomness="different")(
+            *[values[i] for i in mapped]
+        )
+    if in_place:
+        return call.leaves[0]
+    meets_rows = any(
+        isinstance(leaf, Tensor) and dims[i] is not None and not call.holds_rows(leaf)
+        for i, leaf in enumerate(call.leaves)
+    ) or any(value is not leaf and isinstance(leaf, int) for value, leaf in zip(values, call.leaves, strict=True))
+    outputs, spec = tree_flatten(result)
+    finished = []
+    for position, output in enumerate(outputs):
+        known_output = signature.outputs[position].rows if signature is not None else None
+        finished.append(
+            _assembled(call, output, known_output, rows, learnt=signature is not None, meets_rows=meets_rows)
+        )
+    return tree_unflatten(finished, spec)
+
+
+def _prepared(
+    call: _Call, leaf: Any, known: RowDim | None, *, learnt: bool
+) -> tuple[Any, int | None]:
+    """The leaf as the map needs it, and the dimension to map over."""
+    capture = call.capture
+    slot = capture.slot(leaf)
+    if slot is not None:
+        return slot.leaf(capture.rows), 0
+    held = _rows(leaf)
+    if held is not None:
+        return held, 0
+    if isinstance(leaf, int) and not isinstance(leaf, bool):
+        if known is None:
+            return leaf, None
+        return known.multiplicity(leaf, capture.rows), None
+    if not isinstance(leaf, Tensor) or not leaf.dim():
+        return leaf, None
+    if not learnt:
+        known = default_rows(leaf, capture.rows, may_flatten=False)
+        if known is None:
+            raise call.refusal(f"an argument of shape {tuple(leaf.shape)} is not led by the rows")
+    if known is None:
+        return leaf, None
+    return leaf.unflatten(known.dim, (capture.rows, -1)), known.dim
+
+
+def _assembled(
+    call: _Call, output: Any, known: RowDim | None, rows: int, *, learnt: bool, meets_rows: bool
+) -> Any:
+    """One mapped result ``[B, ...]`` as the caller expects it."""
+    if not isinstance(output, Tensor):
+        return output
+    if not learnt and meets_rows:
+        known = RowDim(0, flattened=True) if output.dim() > 1 else None
+    if known is not None:
+        return output.movedim(0, known.dim).flatten(known.dim, known.dim + 1)
+    if meets_rows:
+        raise call.refusal("its result has no dimension for the rows: it reduces over the batch")
+    return call.capture.row_tensor(output, call.names)
+
+
+def _refuse_in_place(call: _Call) -> None:
+    if tree_unflatten(call.leaves, call.spec)[1].get("out") is not None:
+        raise call.refusal("out= is not supported")
+    if _is_in_place(call.func) and call.holds_rows(call.leaves[0]):
+        raise call.refusal("a parameter or an expression of parameters is changed in place")
+
+
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in _NOT_IN_PLACE)
+    return name.endswith("_")
+
+
+_NOT_IN_PLACE = frozenset({"__invert__", "__index__", "__int__"})
+
+
+@contextmanager
+def _no_fallback_warning() -> Iterator[None]:
+    """A slow batching rule is exact; torch's advice to report it is not for our users."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]  # noqa: FBT003
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]  # noqa: FBT003
+
+
+def _only_row(capture: Capture, leaf: Any) -> Any:
+    slot = capture.slot(leaf)
+    return slot.leaf(1)[0] if slot is not None else leaf
+
+
+def _rows(leaf: object) -> Tensor | None:
+    return getattr(leaf, "rows", None) if isinstance(leaf, Tensor) else None
+
+
+def _untagged(leaf: Any) -> Any:
+    held = _rows(leaf)
+    return held[0] if held is not None else leaf
+

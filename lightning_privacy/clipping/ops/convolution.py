@@ -1,0 +1,186 @@
+"""Convolutions of one, two and three dimensions, with stride, padding, dilation and groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_privacy.clipping.registry import operation
+
+if TYPE_CHECKING:
+    from lightning_privacy.clipping.capture import Capture, Slot
+    from lightning_privacy.clipping.layout import RowDim
+
+_DEFAULTS = {
+    "input": None,
+    "weight": None,
+    "bias": None,
+    "stride": 1,
+    "padding": 0,
+    "dilation": 1,
+    "groups": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Site:
+    capture: Capture
+    weight: Slot | None
+    bias: Slot | None
+    plain_weight: Tensor
+    plain_bias: Tensor | None
+    rows: RowDim
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def run(self, x: Tensor) -> Tensor:
+        nothing = [0] * len(self.stride)
+        return torch.convolution(
+            x,
+            self.plain_weight,
+            self.plain_bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,  # noqa: FBT003 - transposed
+            nothing,
+            self.groups,
+        )
+
+    def gradients(self, x: Tensor, grad: Tensor, wanted: list[bool]) -> list[Tensor]:
+        """torch's own gradients of input, weight and bias, summed over the images in ``x``."""
+        nothing = [0] * len(self.stride)
+        return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+            grad,
+            x,
+            self.plain_weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,  # noqa: FBT003 - transposed
+            nothing,
+            self.groups,
+            wanted,
+        )
+
+    def record(self, x: Tensor, grad: Tensor) -> None:
+        """``x [N, C, *size]`` and the gradient of the output ``grad [N, O, *out]``."""
+        capture = self.capture
+        by_row = capture.by_row(grad, self.rows)  # [B, images, O, *out]
+        if self.bias is not None:
+            capture.add_dense(self.bias, by_row.flatten(3).sum((1, 3)))
+        if self.weight is None:
+            return
+        positions = by_row.shape[1] * math.prod(by_row.shape[3:])
+        height, width = self.plain_weight.shape[0], self.plain_weight[0].numel()
+        if not x.is_cuda and capture.instantiates(x, positions, height, width):
+            # The CPU's own kernel for one example is faster than a product over copied windows.
+            images = zip(capture.by_row(x, self.rows), by_row, strict=True)
+            own = [self.gradients(*one, [False, True, False])[1] for one in images]
+            capture.add_dense(self.weight, torch.stack(own))
+            return
+        patches = self.patches(x, grad.shape[2:])  # [N, G, L, C/G * kernel]
+        left = grad.unflatten(1, (self.groups, -1)).flatten(3).mT  # [N, G, L, O/G]
+        left, right = (capture.by_row(tensor, self.rows) for tensor in (left, patches))
+        left, right = (tensor.transpose(1, 2).flatten(2, 3) for tensor in (left, right))
+        if self.groups == 1:
+            capture.add_outer(self.weight, left[:, 0], right[:, 0])
+        else:
+            capture.add_dense(self.weight, torch.matmul(left.mT, right))
+
+    def patches(self, x: Tensor, out: torch.Size) -> Tensor:
+        """The window under each output position, ``[N, groups, positions, C/groups * kernel]``."""
+        kernel = self.plain_weight.shape[2:]
+        pads = [pad for size in reversed(self.padding) for pad in (size, size)]
+        x = F.pad(x, pads).unflatten(1, (self.groups, -1))  # [N, G, C/G, *size]
+        strides = x.stride()
+        spatial = strides[3:]
+        view = x.as_strided(
+            (x.shape[0], self.groups, *out, x.shape[2], *kernel),
+            (
+                *strides[:2],
+                *(s * step for s, step in zip(spatial, self.stride, strict=True)),
+                strides[2],
+                *(s * step for s, step in zip(spatial, self.dilation, strict=True)),
+            ),
+            x.storage_offset(),
+        )
+        last = 2 + len(out)
+        return view.flatten(last).flatten(2, last - 1)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, site: _Site) -> Tensor:
+        ctx.site = site
+        ctx.save_for_backward(x)
+        return site.run(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.site.record(x, grad)
+        wanted = [True, False, False]
+        gradient = ctx.site.gradients(x, grad, wanted)[0] if ctx.needs_input_grad[0] else None
+        return gradient, None, None
+
+
+@operation(F.conv1d, F.conv2d, F.conv3d)
+def convolution(
+    capture: Capture, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Each window is a position of a dense layer: the weight's gradient is a sum over windows."""
+    x, weight, bias, stride, padding, dilation, groups = (
+        args[i] if i < len(args) else kwargs.get(name, default)
+        for i, (name, default) in enumerate(_DEFAULTS.items())
+    )
+    weight_slot, bias_slot = capture.slot(weight), capture.slot(bias)
+    slot = weight_slot or bias_slot
+    if slot is None or x.dim() != weight.dim():
+        return NotImplemented
+    for tensor, known in ((weight, weight_slot), (bias, bias_slot)):
+        if tensor is not None and known is None and tensor.requires_grad:
+            return NotImplemented
+    rows = capture.rows_of(slot.name, func, x)
+    if rows is None or rows.dim:
+        return NotImplemented
+    spatial = weight.dim() - 2
+    stride, dilation = (_each(value, spatial) for value in (stride, dilation))
+    x, padding = _padded(x, weight.shape[2:], padding, dilation)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    plain_bias = None if bias is None else capture.cast(bias, x.dtype)
+    plain_weight = capture.cast(weight, x.dtype)
+    site = _Site(
+        capture, weight_slot, bias_slot, plain_weight, plain_bias, rows, stride, padding, dilation, groups
+    )
+    return _Convolution.apply(x, capture.anchor(x.device), site)
+
+
+def _padded(
+    x: Tensor, kernel: torch.Size, padding: Any, dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """Named paddings as numbers; ``"same"`` may be uneven and then pads the input itself."""
+    spatial = len(kernel)
+    if padding == "valid":
+        return x, [0] * spatial
+    if padding != "same":
+        return x, _each(padding, spatial)
+    total = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+    pads = [pad for size in reversed(total) for pad in (size // 2, size - size // 2)]
+    return F.pad(x, pads), [0] * spatial
+
+
+def _each(value: Any, spatial: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * spatial if len(values) == 1 else values

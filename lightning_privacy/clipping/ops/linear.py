@@ -1,0 +1,116 @@
+"""Dense layers: ``F.linear`` and ``addmm`` (transformers' ``Conv1D``), any input rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_privacy.clipping.registry import operation
+
+if TYPE_CHECKING:
+    from lightning_privacy.clipping.capture import Capture, Slot
+    from lightning_privacy.clipping.layout import RowDim
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Site:
+    """One use of a dense layer. ``transposed``: the weight is ``[in, out]`` as in ``addmm``."""
+
+    capture: Capture
+    weight: Slot | None
+    bias: Slot | None
+    plain_weight: Tensor
+    plain_bias: Tensor | None
+    rows: RowDim
+    transposed: bool
+
+    def record(self, x: Tensor, grad: Tensor) -> None:
+        """``x [.., in]`` and the gradient of the output ``grad [.., out]``."""
+        capture = self.capture
+        grad = capture.by_row(grad, self.rows)
+        if self.weight is not None:
+            x = capture.by_row(x, self.rows)
+            left, right = (x, grad) if self.transposed else (grad, x)
+            capture.add_outer(self.weight, left.flatten(1, -2), right.flatten(1, -2))
+        if self.bias is not None:
+            capture.add_dense(self.bias, grad.flatten(1, -2).sum(1))
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, site: _Site) -> Tensor:
+        ctx.site = site
+        ctx.save_for_backward(x)
+        weight = site.plain_weight.t() if site.transposed else site.plain_weight
+        return F.linear(x, weight, site.plain_bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        site: _Site = ctx.site
+        (x,) = ctx.saved_tensors
+        site.record(x, grad)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        weight = site.plain_weight.t() if site.transposed else site.plain_weight
+        return grad @ weight, None, None
+
+
+@operation(F.linear)
+def linear(
+    capture: Capture, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``x W^T + b``."""
+    x, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
+    return _dense(capture, func, x, weight, bias, transposed=False)
+
+
+@operation(torch.addmm)
+def addmm(
+    capture: Capture, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``b + x W`` with the weight as second factor."""
+    if len(args) != 3 or kwargs:
+        return NotImplemented
+    bias, x, weight = args
+    if bias.dim() != 1:
+        return NotImplemented
+    return _dense(capture, func, x, weight, bias, transposed=True)
+
+
+def _dense(
+    capture: Capture,
+    func: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    transposed: bool,
+) -> Any:
+    weight_slot, bias_slot = capture.slot(weight), capture.slot(bias)
+    slot = weight_slot or bias_slot
+    if slot is None or weight.dim() != 2 or x.dim() < 2:
+        return NotImplemented
+    for tensor, known in ((weight, weight_slot), (bias, bias_slot)):
+        if tensor is not None and known is None and tensor.requires_grad:
+            return NotImplemented
+    rows = capture.rows_of(slot.name, func, x)
+    if rows is None or rows.dim == x.dim() - 1:
+        return NotImplemented
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    plain_bias = None if bias is None else capture.cast(bias, x.dtype)
+    site = _Site(
+        capture, weight_slot, bias_slot, capture.cast(weight, x.dtype), plain_bias, rows, transposed
+    )
+    return _Dense.apply(x, capture.anchor(x.device), site)
+
+
+def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    values = list(args)
+    return values + [kwargs.get(name) for name in names[len(args) :]]

@@ -1,0 +1,60 @@
+"""Learn where the rows of a batch lie, by running the forward with two and with three rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_privacy.clipping.capture import Capture
+from lightning_privacy.clipping.layout import PROBE_ROWS, Layouts, Record, shape_of
+
+# Each round learns one further step of expressions of parameters (slice, then transpose, …).
+_MOST_ROUNDS = 12
+
+
+class _Probe(Capture):
+    """A capture that runs operations it does not know as they are, and notes their shapes."""
+
+    observing = True
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], *, rows: int, layouts: Layouts
+    ) -> None:
+        super().__init__(parameters, rows=rows, layouts=layouts)
+        self.records: dict[object, list[Record]] = {}
+
+    def observe(self, key: object, leaves: list[Any], outputs: list[Any]) -> None:
+        record = tuple(map(shape_of, leaves)), tuple(map(shape_of, outputs))
+        self.records.setdefault(key, []).append(record)
+
+
+def learn_layouts(
+    parameters: Mapping[str, nn.Parameter], forward: Callable[[int], object]
+) -> Layouts:
+    """Learn the layouts of all operations on ``parameters``.
+
+    Args:
+        parameters: the trainable parameters by name.
+        forward: runs the forward and the loss for a batch of that many copies of one row, in
+            training mode and with the same random decisions each time.
+
+    Returns:
+        The layouts, for `Capture`.
+    """
+    layouts = Layouts()
+    for _ in range(_MOST_ROUNDS):
+        records = []
+        for rows in PROBE_ROWS:
+            probe = _Probe(parameters, rows=rows, layouts=layouts)
+            with probe.opened():
+                forward(rows)
+            records.append(probe.records)
+        small, large = records
+        new = [key for key in small if key in large]
+        if not new:
+            break
+        for key in new:
+            layouts.learn(key, small[key], large[key])
+    return layouts

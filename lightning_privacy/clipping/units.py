@@ -1,0 +1,180 @@
+"""Units are segments: which rows form one unit, what counts, and the clipped sum over units.
+
+Legend: ``B`` rows, ``U`` units, ``K`` groups of parameters that are clipped together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_privacy.clipping.contributions import (
+    Contribution,
+    Dense,
+    Lookup,
+    Outer,
+    full_precision,
+    squared_norm,
+)
+from lightning_privacy.clipping.norms import ClippingRule
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Units:
+    """Rows and the units they belong to.
+
+    Attributes:
+        count: number of units ``U``.
+        scale: ``[B]`` what a row's captured gradient is multiplied by: 0 for rows that only fill
+            the batch, and otherwise what undoes the loss's mean and takes the unit's own mean.
+        index: ``[B]`` the unit of each row; None when each row is a unit of its own.
+    """
+
+    count: int
+    scale: Tensor
+    index: Tensor | None = None
+
+    @classmethod
+    def rows(cls, weights: Tensor, reduction_scale: float) -> Units:
+        """Each row is a unit; ``weights [B]`` is 0 for filling rows and 1 for others."""
+        return cls(count=len(weights), scale=weights * reduction_scale)
+
+    @classmethod
+    def segments(cls, index: Tensor, reduction_scale: float) -> Units:
+        """``index [B]`` names each row's unit, 0 to U-1; a unit's gradient is the mean over its rows."""
+        sizes = torch.bincount(index)
+        # In float64: thirds must not cost a float64 gradient its last digits.
+        return cls(count=len(sizes), scale=reduction_scale / sizes[index].double(), index=index)
+
+    @property
+    def members(self) -> Tensor:
+        """``[U]`` whether a unit has rows that count."""
+        if self.index is None:
+            return self.scale != 0
+        live = torch.zeros(self.count, device=self.scale.device)
+        return live.index_add_(0, self.index, (self.scale != 0).to(live.dtype)) > 0
+
+    @property
+    def unit_scale(self) -> Tensor:
+        """``[U]`` what remains to be multiplied after `gathered`."""
+        return self.scale if self.index is None else torch.ones_like(self.scale[: self.count])
+
+    def gathered(self, item: Contribution) -> Contribution:
+        """A contribution of rows as one of units; the same where each row is a unit."""
+        if self.index is None:
+            return item
+        if isinstance(item, Dense):
+            scaled = item.gradients * _column(self.scale, item.gradients)
+            total = scaled.new_zeros(self.count, *scaled.shape[1:])
+            return Dense(total.index_add_(0, self.index, scaled))
+        if isinstance(item, Outer):
+            left = item.left * _column(self.scale, item.left)
+            return Outer(self._side_by_side(left), self._side_by_side(item.right))
+        values = item.values * _column(self.scale, item.values)
+        return Lookup(self._side_by_side(item.index), self._side_by_side(values))
+
+    def _side_by_side(self, tensor: Tensor) -> Tensor:
+        """``[B, M, ..]`` to ``[U, most rows of a unit * M, ..]``, zeros where a unit has fewer."""
+        if self.index is None:
+            raise AssertionError("rows are units already")
+        order = torch.argsort(self.index, stable=True)
+        sizes = torch.bincount(self.index, minlength=self.count)
+        first = torch.cumsum(sizes, 0) - sizes
+        place = torch.arange(len(order), device=order.device) - first[self.index[order]]
+        most = int(sizes.max())
+        padded = tensor.new_zeros(self.count * most, *tensor.shape[1:])
+        padded[self.index[order] * most + place] = tensor[order]
+        return padded.view(self.count, most * tensor.shape[1], *tensor.shape[2:])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClippedSum:
+    """The clipped contributions of one micro-batch, summed over its units.
+
+    Attributes:
+        gradients: by parameter name, in float32 or better; absent where nothing contributed.
+        norms: ``[U]`` each unit's norm over all parameters before clipping; 0 for filling rows.
+        factors: ``[U]`` the smallest factor by which a unit was scaled; 0 when left out.
+        nonfinite: ``[U]`` units left out because their gradient was not finite.
+        members: ``[U]`` units that count.
+    """
+
+    gradients: dict[str, Tensor]
+    norms: Tensor
+    factors: Tensor
+    nonfinite: Tensor
+    members: Tensor
+
+
+@full_precision()
+def clipped_sum(
+    found: dict[str, list[Contribution]],
+    parameters: Mapping[str, nn.Parameter],
+    units: Units,
+    rule: ClippingRule,
+) -> ClippedSum:
+    """Clip each unit's gradient by ``rule`` and add up.
+
+    Guarantee: adding or removing one unit changes the sum by at most ``rule.sensitivity`` in
+    Euclidean norm, up to rounding (the plan's ``precision_slack``), whatever the unit holds: one
+    with a NaN or an infinite norm contributes exactly zero, by selection. (Abadi et al. 2016,
+    arXiv 1607.00133, algorithm 1.)
+
+    Args:
+        found: contributions of rows by parameter name. Emptied while working, to free memory.
+        parameters: the covered parameters by name; one without contributions has gradient zero.
+        units: which rows form which unit.
+        rule: how to clip.
+    """
+    names = list(found)
+    gathered = {name: [units.gathered(item) for item in found.pop(name)] for name in names}
+    members, scale = units.members, units.unit_scale
+    by_group = _group_norms(gathered, names, parameters, rule, scale)
+    squared = by_group.sum(0)
+    finite = torch.isfinite(squared)
+    taken = finite & members
+    factors = torch.where(taken, rule.factors(torch.where(taken, by_group, 0)), 0)
+    excluded = None if bool(taken.all()) else ~taken
+    gradients: dict[str, Tensor] = {}
+    for name in names:
+        shape = parameters[name].shape
+        coefficients = factors[rule.group_of(name)] * scale.to(factors.dtype)
+        items = gathered.pop(name)
+        if excluded is not None:
+            coefficients = coefficients.masked_fill(excluded, 0)
+            items = [item.without(excluded) for item in items]
+        gradients[name] = _weighted(items, coefficients, shape)
+    norms = torch.where(taken, squared, 0).sqrt()
+    smallest = factors.amin(0) if len(factors) else torch.ones_like(norms)
+    return ClippedSum(gradients, norms, smallest, ~finite & members, members)
+
+
+def _group_norms(
+    gathered: Mapping[str, list[Contribution]],
+    names: Sequence[str],
+    parameters: Mapping[str, nn.Parameter],
+    rule: ClippingRule,
+    scale: Tensor,
+) -> Tensor:
+    """``[K, U]`` squared norms by group."""
+    totals = torch.zeros(rule.groups, len(scale), device=scale.device, dtype=scale.dtype)
+    for name in names:
+        norm = squared_norm(gathered[name])
+        totals = totals.to(torch.promote_types(totals.dtype, norm.dtype))
+        totals[rule.group_of(name)] += norm
+    return totals * scale.to(totals.dtype).square()
+
+
+def _weighted(items: list[Contribution], coefficients: Tensor, shape: torch.Size) -> Tensor:
+    total = items[0].weighted_sum(coefficients, shape)
+    total = total.to(torch.promote_types(total.dtype, torch.float32))
+    for item in items[1:]:
+        total = total + item.weighted_sum(coefficients, shape)
+    return total
+
+
+def _column(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.to(like.dtype).view(-1, *[1] * (like.dim() - 1))

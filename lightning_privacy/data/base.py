@@ -1,0 +1,254 @@
+"""What every text corpus here shares: documents, tokenisers, padding and the Lightning data module.
+
+A corpus is two lists of :class:`Document`. An item of its data sets is one document, and a batch is
+a dictionary of three integer tensors of shape [B, T]: ``input_ids``, ``labels`` (−100 on padding)
+and ``attention_mask``. Padding is always on the right.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_privacy.data.tokenizers import Tokenizer, tokenizer_for
+from lightning_privacy.errors import ConfigurationError
+from lightning_privacy.types import one_of, whole_number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+IGNORED_LABEL = -100
+
+Padding = Literal["longest", "max_length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text and the user who wrote it.
+
+    Args:
+        user: Name of the user; two documents belong to one user where the names are equal.
+        text: The text, any length.
+    """
+
+    user: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The documents to train on and those of users who are held out.
+
+    Args:
+        train: Documents of the members.
+        validation: Documents of other users; no user is on both sides.
+    """
+
+    train: tuple[Document, ...]
+    validation: tuple[Document, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PadOnTheRight:
+    """Collates rows of different length by filling them up on the right.
+
+    Nothing but the width of a batch depends on its other rows: a causal model never looks to the
+    right, and the labels there are −100.
+
+    Args:
+        pad_id: The token to fill ``input_ids`` with.
+        length: Width of every batch, or None for the width of its longest row.
+    """
+
+    pad_id: int
+    length: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Collate rows into one batch.
+
+        Args:
+            rows: At least one item of :class:`TokenisedDocuments`.
+
+        Returns:
+            ``input_ids``, ``labels``, ``attention_mask``: int64 tensors of shape [B, T].
+        """
+        width = self.length or max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": self.pad_id, "labels": IGNORED_LABEL, "attention_mask": 0}
+        batch = {
+            key: torch.full((len(rows), width), value, dtype=torch.int64)
+            for key, value in fill.items()
+        }
+        for index, row in enumerate(rows):
+            for key, tensor in batch.items():
+                tensor[index, : len(row[key])] = row[key]
+        return batch
+
+
+class TokenisedDocuments(Dataset[dict[str, "torch.Tensor"]]):
+    """Documents as token rows, each cut at ``max_length``.
+
+    Args:
+        documents: What to tokenise; one item per document, in this order.
+        tokenizer: How to tokenise it.
+        max_length: Longest row in tokens, at least 2.
+    """
+
+    def __init__(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, max_length: int
+    ) -> None:
+        self.users: tuple[str, ...] = tuple(document.user for document in documents)
+        self._rows = [
+            np.asarray(tokenizer.encode(document.text)[:max_length], dtype=np.int32)
+            for document in documents
+        ]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.from_numpy(self._rows[index].astype(np.int64))
+        return {
+            "input_ids": ids,
+            "labels": ids.clone(),
+            "attention_mask": torch.ones_like(ids),
+        }
+
+
+class CausalTextDataModule(LightningDataModule):
+    """Train and validation loaders over a corpus of documents.
+
+    Args:
+        batch_size: Rows in one physical batch, at least 1.
+        max_length: Longest row in tokens, at least 2; the rest of a longer document is dropped.
+        padding: ``"longest"`` pads a batch to its longest row, ``"max_length"`` to that length.
+        tokenizer: ``"byte"``, or a local folder that holds a Hugging Face tokeniser.
+        num_workers: Processes that load batches.
+
+    Raises:
+        ConfigurationError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_length: int,
+        padding: Padding,
+        tokenizer: str,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("max_length", max_length, 2),
+            ("num_workers", num_workers, 0),
+        ):
+            whole_number(
+                name,
+                value,
+                at_least=least,
+                cost="No batch could be made.",
+                remedy=f"Give `data.{name}` such a number.",
+            )
+        one_of(
+            "padding",
+            padding,
+            ("longest", "max_length"),
+            cost="Rows of different length do not fit into one tensor.",
+            remedy="Use 'longest' unless every batch has to have the same shape.",
+        )
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.padding = padding
+        self.num_workers = num_workers
+        self.tokenizer = tokenizer_for(tokenizer)
+        self.train_documents: TokenisedDocuments | None = None
+        self.validation_documents: TokenisedDocuments | None = None
+
+    @abstractmethod
+    def split(self) -> Split:
+        """Read or generate the documents.
+
+        Returns:
+            Documents to train on, and those of users who are held out.
+        """
+
+    @property
+    def vocab_size(self) -> int:
+        """How many different tokens there are; the model needs at least as many."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def users(self) -> tuple[str, ...]:
+        """The user of each training document, in the order of the training data set."""
+        return self._tokenised("train").users
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise the documents, once.
+
+        Args:
+            stage: Lightning's stage; both sides are ready in every stage.
+        """
+        if self.train_documents is not None:
+            return
+        split = self.split()
+        _refuse_an_empty_side(split)
+        self.train_documents = TokenisedDocuments(split.train, self.tokenizer, self.max_length)
+        self.validation_documents = TokenisedDocuments(
+            split.validation, self.tokenizer, self.max_length
+        )
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of the members' documents, shuffled."""
+        return self._loader(self._tokenised("train"), shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of the held-out users' documents."""
+        return self._loader(self._tokenised("validation"), shuffle=False)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of the held-out users' documents."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the loader of the held-out users' documents."""
+        return self.val_dataloader()
+
+    def _tokenised(self, side: Literal["train", "validation"]) -> TokenisedDocuments:
+        self.setup()
+        documents = self.train_documents if side == "train" else self.validation_documents
+        assert documents is not None
+        return documents
+
+    def _loader(
+        self, documents: TokenisedDocuments, *, shuffle: bool
+    ) -> DataLoader[dict[str, Tensor]]:
+        length = self.max_length if self.padding == "max_length" else None
+        return DataLoader(
+            documents,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=PadOnTheRight(self.tokenizer.pad_id, length),
+        )
+
+
+def _refuse_an_empty_side(split: Split) -> None:
+    for side, documents in (("train on", split.train), ("validate on", split.validation)):
+        if not documents:
+            raise ConfigurationError(
+                must="The corpus has at least one user to train on and one to validate on.",
+                found=f"There are {len(split.train)} training and {len(split.validation)} "
+                "validation documents.",
+                cost=f"There would be nothing to {side}.",
+                remedy="Give more users, another share (`val_fraction`, `p_member`) or another "
+                "`seed`.",
+            )

@@ -1,0 +1,43 @@
+"""Sampling: which units a private step draws, and how a draw is cut into micro-batches.
+
+`PrivateLoader` is imported on first use, so that planning a run does not load torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_privacy.sampling.base import MicroBatch, micro_batches
+from lightning_privacy.sampling.poisson import PoissonSampler
+from lightning_privacy.sampling.rate import ResolvedSampling, resolve_sampling
+
+if TYPE_CHECKING:
+    from lightning_privacy.sampling.loader import PrivateLoader
+
+__all__ = [
+    "MicroBatch",
+    "PoissonSampler",
+    "PrivateLoader",
+    "ResolvedSampling",
+    "micro_batches",
+    "resolve_sampling",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import the loader on first use.
+
+    Args:
+        name: The name that was asked for.
+
+    Returns:
+        The class.
+
+    Raises:
+        AttributeError: There is no such name.
+    """
+    if name == "PrivateLoader":
+        from lightning_privacy.sampling.loader import PrivateLoader
+
+        return PrivateLoader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,257 @@
+"""The private step, whole: capture, clip, sum, noise once, divide by a public constant.
+
+One step over one Poisson draw, whatever the number of micro-batches it is cut into
+(Abadi et al. 2016, arXiv 1607.00133, algorithm 1)::
+
+    for each micro-batch:   begin -> forward -> arm -> backward -> end
+        g_u   gradient of unit u          S += sum_u clip(g_u, C)
+    release:                gradient = (S + N(0, (sigma C)^2 I)) / expected_batch_size
+
+Lightning only calls these methods. The noise multiplier, the clipping rule and the public constant
+come from one frozen plan, and the sensitivity from the rule itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
+from lightning_privacy.clipping.capture import Capture
+from lightning_privacy.clipping.guards import LeakGuard
+from lightning_privacy.clipping.layout import Layouts
+from lightning_privacy.clipping.norms import clipping_rule
+from lightning_privacy.clipping.probe import learn_layouts
+from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
+from lightning_privacy.errors import ConfigurationError, GuaranteeError
+
+if TYPE_CHECKING:
+    from lightning_privacy.noise.base import NoiseMechanism
+    from lightning_privacy.plan import PrivacyPlan
+    from lightning_privacy.types import LossReduction
+
+
+class StepStatistics:
+    """What one release looked like from inside. Computed on private data: not covered by ε.
+
+    Values are computed when first asked for, so that a training step does not wait for them.
+    """
+
+    def __init__(self, parts: Sequence[ClippedSum], noise_norm: float, signal: Tensor) -> None:
+        self._parts = tuple(
+            (part.members, part.norms, part.factors, part.nonfinite) for part in parts
+        )
+        self._noise_norm, self._signal = noise_norm, signal
+
+    @cached_property
+    def units(self) -> int:
+        """Number of units in the draw."""
+        return int(self._sum(lambda members, *_: members))
+
+    @cached_property
+    def nonfinite(self) -> int:
+        """Units left out because their gradient held NaN or infinity."""
+        return int(self._sum(lambda _m, _n, _f, nonfinite: nonfinite))
+
+    @cached_property
+    def clipped_share(self) -> float:
+        """Share of the units whose gradient was scaled down; 0 for an empty draw."""
+        clipped = self._sum(lambda members, _n, factors, bad: members & ~bad & (factors < 1))
+        return float(clipped) / max(1, self.units)
+
+    @cached_property
+    def mean_norm(self) -> float:
+        """Mean norm of the units' gradients before clipping; 0 for an empty draw."""
+        return float(self._sum(lambda _m, norms, *_: norms)) / max(1, self.units - self.nonfinite)
+
+    @cached_property
+    def noise_to_signal(self) -> float:
+        """Expected norm of the noise over the norm of the clipped sum; infinite for a zero sum."""
+        signal = float(self._signal)
+        return self._noise_norm / signal if signal else float("inf")
+
+    def _sum(self, of: Callable[..., Tensor]) -> float:
+        return sum(float(of(*part).sum()) for part in self._parts)
+
+
+class PrivateStep:
+    """Clips, sums, noises and averages; the only place where ``.grad`` is written.
+
+    Args:
+        parameters: the trainable parameters by name. All of them get noise at each release.
+        plan: clip norm, clipping kind, noise multiplier and the public normaliser.
+        noise: draws the noise.
+        loss_reduction: whether the loss is a mean or a sum over the rows of a micro-batch.
+
+    Raises:
+        ConfigurationError: there is no trainable parameter, or one is not a plain parameter.
+    """
+
+    backward_passes = 1
+
+    def __init__(
+        self,
+        *,
+        parameters: Mapping[str, nn.Parameter],
+        plan: PrivacyPlan,
+        noise: NoiseMechanism,
+        loss_reduction: LossReduction = "mean",
+    ) -> None:
+        if not parameters:
+            raise ConfigurationError(
+                must="the module has trainable parameters",
+                found="none",
+                cost="there is no gradient to protect",
+                remedy="unfreeze what should be trained",
+            )
+        self.parameters = dict(parameters)
+        self.layouts = Layouts()
+        self._plan, self._noise, self._loss_reduction = plan, noise, loss_reduction
+        self._rule = clipping_rule(plan.clipping, plan.clip_norm, self.parameters)
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._guard = LeakGuard(self.parameters)
+        self._capture: Capture | None = None
+        self._weights: tuple[float, ...] = ()
+        self._sums: dict[str, Tensor] = {}
+        self._parts: list[ClippedSum] = []
+
+    # ------------------------------------------------------------------ one micro-batch
+    @property
+    def active(self) -> bool:
+        """Whether a micro-batch is between `begin` and `end`."""
+        return self._capture is not None
+
+    @property
+    def pending(self) -> bool:
+        """Whether clipped sums wait for their release."""
+        return bool(self._parts)
+
+    def begin(self, weights: Sequence[float]) -> None:
+        """Start a micro-batch of ``len(weights)`` rows.
+
+        Clears ``.grad`` of every covered parameter, because Lightning does so only after the forward.
+
+        Args:
+            weights: 1 for a row that counts, 0 for one that only fills the batch.
+        """
+        self.abort_micro_batch()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self._weights = tuple(weights)
+        capture = Capture(self.parameters, rows=len(self._weights), layouts=self.layouts)
+        capture.open()
+        self._capture = capture
+
+    def arm(self) -> None:
+        """The backward of this micro-batch comes now; gradients computed before are refused."""
+        if self._capture is not None:
+            self._capture.armed = True
+
+    def end(self) -> None:
+        """After the backward: clip each unit's gradient and add it to the running sum."""
+        capture = self._capture
+        if capture is None:
+            raise GuaranteeError(
+                must="end follows begin",
+                found="end without a micro-batch",
+                cost="a micro-batch would be missing from the sum, or counted twice",
+                remedy="call begin before the forward of each micro-batch",
+            )
+        found = capture.collect()
+        self.abort_micro_batch()
+        part = clipped_sum(found, self.parameters, self._units(), self._rule)
+        for name, gradient in part.gradients.items():
+            if name in self._sums:
+                self._sums[name] += gradient
+            else:
+                self._sums[name] = gradient
+        self._parts.append(dataclasses.replace(part, gradients={}))
+
+    def abort_micro_batch(self) -> None:
+        """Untag the parameters and drop what was captured; the running sums stay."""
+        if self._capture is not None:
+            self._capture.close()
+            self._capture = None
+
+    # ------------------------------------------------------------------ the release
+    def release(
+        self, release: int, parameters: Iterable[nn.Parameter] | None = None
+    ) -> StepStatistics:
+        """Write ``(S + N(0, (sigma C)^2 I)) / expected_batch_size`` to ``.grad``.
+
+        Guarantee: the gradients of all covered parameters together are one release of the Gaussian
+        mechanism with noise multiplier sigma on a sum of sensitivity C. A parameter that no row
+        reached gets noise alone; so does an empty draw.
+
+        Args:
+            release: number of this release; keys the noise and must never repeat.
+            parameters: those of one optimizer; None releases all.
+
+        Returns:
+            Statistics of the draw.
+        """
+        chosen = self.parameters if parameters is None else self._chosen(parameters)
+        std = self._plan.noise_multiplier * self._rule.sensitivity
+        squares, size = [], 0
+        for name, parameter in chosen.items():
+            total = self._sums.pop(name, None)
+            if total is None:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                total = torch.zeros_like(parameter, dtype=dtype)
+            squares.append(torch.linalg.vector_norm(total).float())
+            size += total.numel()
+            if std:
+                self._noise.add_(total, name, release, std)
+            total /= self._plan.expected_batch_size
+            parameter.grad = total.to(parameter.dtype)
+        signal = torch.linalg.vector_norm(torch.stack(squares))
+        statistics = StepStatistics(self._parts, std * size**0.5, signal)
+        if not self._sums or parameters is None:
+            self.discard()
+        return statistics
+
+    def discard(self) -> None:
+        """Drop the running sums: a draw that is not released."""
+        self._sums.clear()
+        self._parts.clear()
+
+    def abort(self) -> None:
+        """Restore the parameters and drop everything. Safe at any time."""
+        self.abort_micro_batch()
+        self.discard()
+
+    def close(self) -> None:
+        """`abort`, and stop watching for raw gradients: the fit is over."""
+        self.abort()
+        self._guard.remove()
+
+    # ------------------------------------------------------------------ before the first step
+    def learn_layouts(self, forward: Callable[[int], object]) -> None:
+        """Learn where rows lie, from ``forward(n)`` on a batch of ``n`` copies of one row."""
+        self.layouts = learn_layouts(self.parameters, forward)
+
+    def _units(self) -> Units:
+        device = next(iter(self.parameters.values())).device
+        weights = torch.tensor(self._weights, device=device)
+        scale = float(len(self._weights)) if self._loss_reduction == "mean" else 1.0
+        return Units.rows(weights, scale)
+
+    def _chosen(self, parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+        chosen = {}
+        for parameter in parameters:
+            if id(parameter) in self._names:
+                chosen[self._names[id(parameter)]] = parameter
+            elif parameter.requires_grad:
+                raise GuaranteeError(
+                    must="an optimizer holds only parameters that the private step covers",
+                    found=f"a trainable parameter of shape {tuple(parameter.shape)} that it does not",
+                    cost="its gradient would be neither clipped nor noised",
+                    remedy="make all trainable parameters attributes of the LightningModule before "
+                    "fit, and do not unfreeze during training",
+                )
+        return chosen

@@ -1,0 +1,141 @@
+"""`privatize`: the private counterpart of an ordinary Lightning strategy."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from lightning.pytorch.strategies import Strategy
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from lightning_privacy.strategies.run import PrivateRun
+
+SINGLE_DEVICE = "SingleDeviceStrategy"
+
+
+@functools.cache
+def privatize(base: type[Strategy]) -> type[Strategy]:
+    """Return the private subclass of a strategy class, always the same one.
+
+    Single inheritance keeps the layout of the instances, so the callback may switch the class of a
+    strategy that the trainer already holds, and ``isinstance`` still says what it said. Without a
+    `PrivateRun`, which only the callback attaches, the class behaves like ``base`` in validation,
+    test and prediction, and refuses to fit.
+
+    Args:
+        base: A single-device strategy class of ``lightning.pytorch`` or ``pytorch_lightning``, or
+            a subclass of one.
+
+    Returns:
+        ``Private<base>``; ``base`` itself if it is private already.
+
+    Raises:
+        UnsupportedOperationError: There is no private counterpart: the strategy runs several
+            processes, or a library of its own runs backward and step.
+    """
+    if getattr(base, "is_private", False):
+        return base
+    _require_counterpart(base)
+
+    class Private(base):  # type: ignore[misc, valid-type]
+        is_private = True
+        private_run: PrivateRun | None = None
+        # Lightning fills this in for a strategy that was chosen by name: it looks for the name.
+        parallel_devices: list[torch.device] | None = None
+
+        @property
+        def root_device(self) -> torch.device:
+            return _chosen_device(super().root_device, self.parallel_devices)
+
+        def setup(self, trainer: Any) -> None:
+            _require_callback_and_one_device(self, trainer)
+            super().setup(trainer)
+
+        def process_dataloader(self, dataloader: object) -> object:
+            dataloader = super().process_dataloader(dataloader)
+            return _training_loader(self, dataloader)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(batch, batch_idx)
+            _routed(self, "hand_out", _nothing)()
+
+        def training_step(self, *arguments: Any) -> Any:
+            return _routed(self, "training_step", super().training_step)(*arguments)
+
+        def backward(self, closure_loss: Tensor, *arguments: Any, **named: Any) -> Tensor:
+            route = _routed(self, "backward", super().backward)
+            return route(closure_loss, *arguments, **named)
+
+        def optimizer_step(
+            self, optimizer: Optimizer, closure: Callable[[], Any], *arguments: Any, **named: Any
+        ) -> Any:
+            route = _routed(self, "optimizer_step", super().optimizer_step)
+            return route(optimizer, closure, *arguments, **named)
+
+    Private.__name__ = Private.__qualname__ = f"Private{base.__name__}"
+    Private.__doc__ = f"`{base.__name__}` with private training; see `privatize`."
+    return Private
+
+
+def _chosen_device(own: torch.device, found: list[torch.device] | None) -> torch.device:
+    return found[0] if found and own.type == "cpu" else own
+
+
+def _training_loader(strategy: Any, dataloader: object) -> object:
+    # Lightning asks for the loaders of validation, too.
+    if strategy.private_run is None or not strategy.lightning_module.trainer.training:
+        return dataloader
+    return strategy.private_run.prepare_loader(dataloader)
+
+
+def _routed(strategy: Any, name: str, ordinary: Callable[..., Any]) -> Callable[..., Any]:
+    """The private run's method in the place of the ordinary one, which it gets."""
+    run = strategy.private_run
+    return ordinary if run is None else functools.partial(getattr(run, name), ordinary)
+
+
+def _require_callback_and_one_device(strategy: Any, trainer: Any) -> None:
+    if trainer.state.fn != "fit":
+        return
+    name = type(strategy).__name__
+    if strategy.private_run is None:
+        raise ConfigurationError(
+            must=f"{name} trains together with the DifferentialPrivacy callback",
+            found="no DifferentialPrivacy in the trainer's callbacks",
+            cost="training without any privacy, and exit code 0",
+            remedy=(
+                "add it to Trainer(callbacks=[...]); on a command line, `--trainer.callbacks+=` "
+                "before `--config` silently drops the callbacks that the file names"
+            ),
+        )
+    devices = strategy.parallel_devices or []
+    if len(devices) > 1:
+        raise UnsupportedOperationError(
+            must=f"{name} trains on one device",
+            found=f"devices={len(devices)}",
+            cost="one process would run, on one device, at a batch size that nobody asked for",
+            remedy="pass Trainer(devices=1)",
+        )
+
+
+def _nothing() -> None:
+    """What an ordinary strategy does when a batch is handed out."""
+
+
+def _require_counterpart(base: type[Strategy]) -> None:
+    names = [ancestor.__name__ for ancestor in base.__mro__]
+    if SINGLE_DEVICE in names and not any("XLA" in name for name in names):
+        return
+    raise UnsupportedOperationError(
+        must="the trainer's strategy has a private counterpart",
+        found=f"{base.__name__}, which has none",
+        cost="unclipped gradients would be added up across processes before anything is clipped",
+        remedy='train on one device: Trainer(devices=1), by name strategy="private"',
+    )

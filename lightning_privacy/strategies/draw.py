@@ -1,0 +1,99 @@
+"""Where one draw stands between its backward passes and its releases, and the loss it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_privacy.strategies.refusals import second_backward
+
+if TYPE_CHECKING:
+    from lightning_privacy.step import PrivateStep
+
+
+class Draw:
+    """Where one draw stands between backward passes and releases."""
+
+    __slots__ = ("manual", "releases", "unreleased", "weights")
+
+    def __init__(self, *, manual: bool = False) -> None:
+        self.manual = manual
+        self.releases = 0
+        self.unreleased = False
+        self.weights: Sequence[float] = ()
+
+    def before_backward(self, step: PrivateStep) -> None:
+        """Refuse, or make room for, another backward on the same draw.
+
+        Args:
+            step: The private step, whose running sums may have to go.
+
+        Raises:
+            UnsupportedOperationError: The sums of the backward before were not released yet.
+        """
+        if not self.manual:
+            return
+        if self.unreleased:
+            raise second_backward()
+        if self.releases:
+            # Otherwise what the first loss left for other optimizers would be in the sum as well.
+            step.discard()
+
+    def after_backward(self) -> None:
+        """Note that there are sums to be released."""
+        self.unreleased = self.manual
+
+    def after_release(self) -> None:
+        """Note that a gradient was released."""
+        self.releases += 1
+        self.unreleased = False
+
+
+class RowMean:
+    """The mean loss over the real rows of a draw, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.rows = 0
+
+    def add(self, loss: Tensor | None, rows: int) -> None:
+        """Add the mean loss of a micro-batch.
+
+        Args:
+            loss: The loss; None, or what is not a plain tensor, is left out.
+            rows: How many rows it is the mean of.
+        """
+        if loss is None or not rows or type(loss) is not Tensor:
+            return
+        value = loss.detach() * rows
+        self.total = value if self.total is None else self.total + value
+        self.rows += rows
+
+    def shown_by(self, output: Any) -> Any:
+        """Put the mean in the place of the last loss: same graph, another value.
+
+        Args:
+            output: What the module returned for the last micro-batch.
+
+        Returns:
+            The same, with that loss.
+        """
+        loss = loss_in(output)
+        if self.total is None or type(loss) is not Tensor:
+            return output
+        shown = loss + (self.total / self.rows - loss.detach())
+        return {**output, "loss": shown} if isinstance(output, Mapping) else shown
+
+
+def loss_in(output: Any) -> Any:
+    """Find the loss in what a training step returned.
+
+    Args:
+        output: A loss, a mapping with a loss, or None.
+
+    Returns:
+        The loss, or None.
+    """
+    return output.get("loss") if isinstance(output, Mapping) else output

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lightning_privacy.cli import main
+
+HEAVY = ("torch", "lightning", "transformers", "scipy", "rich", "jsonargparse")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["--version"]])
+def test_help_is_there(words, capsys):
+    assert main(words) == 0
+    assert "lightning-privacy" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from lightning_privacy.cli import main\n"
+        "main(['--help']); main(['ponder'])\n"
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_an_unknown_command_is_named(capsys):
+    assert main(["ponder"]) == 2
+    assert "'ponder'" in capsys.readouterr().err
+
+
+def test_the_package_is_a_command():
+    words = [sys.executable, "-m", "lightning_privacy", "ponder"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

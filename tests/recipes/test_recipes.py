@@ -1,0 +1,117 @@
+"""Every recipe parses, says what it needs, and runs at a small size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_privacy.cli import main
+from lightning_privacy.cli.planning import _plan_of_recipe
+from lightning_privacy.cli.training import PrivacyCLI
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "shakespeare_users.jsonl"
+
+TINY = {
+    "quickstart.yaml": [
+        "--data.embedded.n_users=60",
+        "--data.batch_size=8",
+        "--model.hidden_size=16",
+        "--model.num_layers=1",
+        "--model.num_heads=2",
+        "--model.num_key_value_heads=1",
+        "--privacy.expected_batch_size=12",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_val_batches=1",
+        "--trainer.accelerator=cpu",
+    ]
+}
+
+
+def test_there_are_recipes_and_each_has_a_small_size():
+    assert {path.name for path in RECIPES} == set(TINY)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_needs(path):
+    header = path.read_text().split("\n\n", 1)[0]
+    for word in (
+        "# Data ",
+        "# Hardware ",
+        "# Privacy ",
+        "# Time ",
+        f"--config recipes/{path.name}",
+    ):
+        assert word in header
+    assert yaml.safe_load(path.read_text())["trainer"]["strategy"] == "private"
+
+
+def undocumented(lines: list[str]) -> list[str]:
+    """List the keys that no comment explains, neither theirs nor that of the lines right above."""
+    missing, explained = [], False
+    for line in lines:
+        text = line.strip()
+        if not text:
+            explained = False
+        elif text.startswith("#"):
+            explained = True
+        elif not text.endswith(":") and "class_path" not in text and not explained:
+            missing.append(text)
+    return missing
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_explained(path):
+    assert undocumented(path.read_text().splitlines()) == []
+    assert undocumented(["a: 1", "# why", "b: 2", "", "c: 3"]) == ["a: 1", "c: 3"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs(path, folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["fit", "--config", str(path), *TINY[path.name]]) == 0
+    shown = capsys.readouterr().out
+    assert "epsilon spent" in shown
+    assert "validation loss without privacy" in shown
+    assert list(folder.rglob("metrics.csv"))
+    assert list(folder.rglob("*.ckpt"))
+    # Once more in the same folder: nothing of the first run is in the way.
+    assert main(["fit", "--config", str(path), *TINY[path.name]]) == 0
+
+
+def test_the_quickstart_promises_what_its_header_says(folder):
+    pytest.importorskip("rich")
+    path = ROOT / "recipes" / "quickstart.yaml"
+    plan, size, budget, fixed_noise = _plan_of_recipe([str(path)], [])
+    assert budget == 8.0
+    assert not fixed_noise
+    assert 7.9 < plan.epsilon() <= 8.0
+    assert plan.delta == 1e-5 < 0.1 / size * 10
+    assert 7000 < size < 9000
+    assert 150 < plan.steps < 220
+
+
+def test_the_progress_bar_shows_epsilon(folder):
+    path = ROOT / "recipes" / "quickstart.yaml"
+    words = [*TINY[path.name], "--compare_without_privacy=false"]
+    cli = PrivacyCLI(["fit", "--config", str(path), *words])
+    shown = cli.trainer.progress_bar_metrics
+    assert 0 < shown["privacy/epsilon"] <= 8.0
+    assert "val_loss" in shown
+
+
+@pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="the development data are not here")
+def test_the_quickstart_runs_on_a_real_text(folder, capsys):
+    path = ROOT / "recipes" / "quickstart.yaml"
+    words = [f"--data.path={SHAKESPEARE}", "--data.text_column=text", "--data.user_column=user"]
+    words += [*TINY[path.name], "--trainer.max_steps=2", "--compare_without_privacy=false"]
+    cli = PrivacyCLI(["fit", "--config", str(path), *words])
+    assert 5000 < len(cli.datamodule.users) < 7097
+    assert cli.trainer.global_step == 2
+    assert "epsilon spent" in capsys.readouterr().out
