@@ -14,7 +14,6 @@ come from one frozen plan, and the sensitivity from the rule itself.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,8 @@ from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
     from lightning_privacy.noise.base import NoiseMechanism
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.types import LossReduction
@@ -134,7 +135,7 @@ class PrivateStep:
     def begin(self, weights: Sequence[float]) -> None:
         """Start a micro-batch of ``len(weights)`` rows.
 
-        Clears ``.grad`` of every covered parameter, because Lightning does so only after the forward.
+        Clears ``.grad`` of every covered parameter: Lightning does so only after the forward.
 
         Args:
             weights: 1 for a row that counts, 0 for one that only fills the batch.
@@ -249,7 +250,7 @@ class PrivateStep:
             elif parameter.requires_grad:
                 raise GuaranteeError(
                     must="an optimizer holds only parameters that the private step covers",
-                    found=f"a trainable parameter of shape {tuple(parameter.shape)} that it does not",
+                    found=f"another trainable parameter, of shape {tuple(parameter.shape)}",
                     cost="its gradient would be neither clipped nor noised",
                     remedy="make all trainable parameters attributes of the LightningModule before "
                     "fit, and do not unfreeze during training",

@@ -112,7 +112,7 @@ def one_of(name: str, value: object, choices: tuple[str, ...], *, cost: str, rem
     """
     if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(
-            must=f"`{name}` must be one of {', '.join(repr(choice) for choice in choices)}",
+            must=f"`{name}` must be one of {', '.join(repr(str(choice)) for choice in choices)}",
             found=f"`{name}` = {value!r}",
             cost=cost,
             remedy=remedy,

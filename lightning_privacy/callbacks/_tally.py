@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lightning_privacy.step import StepStatistics
 
 _USUAL = ("val_loss", "val/loss", "valid_loss", "validation_loss", "loss/val")
+# Each holds a few numbers for each unit of its draw.
+_MOST_WAITING = 200
 
 
 class Tally:
@@ -42,6 +44,8 @@ class Tally:
             statistics: What its release returned.
         """
         self._waiting.append(statistics)
+        if len(self._waiting) >= _MOST_WAITING:
+            self.catch_up()
 
     def catch_up(self) -> None:
         """Compute what was noted."""

@@ -252,7 +252,7 @@ class DifferentialPrivacy(Callback):
     def _start(self) -> PrivateStep:
         trainer, plan = self._trainer, self._state.plan
         module = trainer.lightning_module
-        if trainer.ckpt_path is not None and not self._restored:
+        if trainer.ckpt_path is not None and trainer.global_step and not self._restored:
             raise state_missing(trainer.global_step)
         assert plan is not None
         parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -285,7 +285,8 @@ class DifferentialPrivacy(Callback):
             return
         spent = self._so_far.at(state.ledger.count)
         pl_module.log("privacy/epsilon", spent, prog_bar=True, **_EACH_STEP)
-        if state.ledger.count % self._trainer.log_every_n_steps == 0:
+        every = self._trainer.log_every_n_steps
+        if every and state.ledger.count % every == 0:
             self._tally.catch_up()
             for name, value in self._tally.latest.items():
                 pl_module.log(f"privacy/{name}", value, **_EACH_STEP)
@@ -338,15 +339,6 @@ class DifferentialPrivacy(Callback):
         if self._run is not None and self._run.step is not None:
             self._open_journal()
         return self._state.state_dict()
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Refuse to go on from steps of which this callback knows nothing."""
-        known = STATE_KEY in checkpoint.get("callbacks", {})
-        if self._stage == "fit" and not known and checkpoint.get("global_step", 0):
-            raise state_missing(checkpoint["global_step"])
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

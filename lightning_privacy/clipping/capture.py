@@ -10,9 +10,8 @@ class is switched back afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,9 @@ from lightning_privacy.clipping.layout import Layouts, RowDim, default_rows
 from lightning_privacy.clipping.registry import RULES, name_of
 from lightning_privacy.errors import ConfigurationError, GuaranteeError, UnsupportedOperationError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
 # Not thread-local: autograd's threads must see it too.
 _active: Capture | None = None
 
@@ -33,9 +35,9 @@ _QUERIES = frozenset(
     "get_device is_floating_point is_complex is_signed __len__ __repr__ __format__ __hash__ "
     "__float__ __int__ __index__ __complex__ equal allclose "
     "requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad is_same_size "
-    "detach item tolist storage untyped_storage zeros_like ones_like empty_like full_like rand_like "
-    "randn_like new_zeros new_ones new_empty new_full new_tensor is_pinned is_nonzero __bool__ "
-    "is_inference has_names __dlpack__ __dlpack_device__ __array__ numpy __reduce_ex__ "
+    "detach item tolist storage untyped_storage zeros_like ones_like empty_like full_like "
+    "rand_like randn_like new_zeros new_ones new_empty new_full new_tensor is_pinned is_nonzero "
+    "__bool__ is_inference has_names __dlpack__ __dlpack_device__ __array__ numpy __reduce_ex__ "
     "is_set_to can_cast result_type __deepcopy__".split()
 )
 _DIFFERENTIABLE_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
@@ -56,7 +58,7 @@ class TaggedParameter(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """A plain parameter: the tag belongs to the one that is captured."""
-        copied: nn.Parameter = super().__deepcopy__(memo)
+        copied: nn.Parameter = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
         copied.__class__ = nn.Parameter
         return copied
 
@@ -72,16 +74,20 @@ class RowTensor(Tensor):
     names: tuple[str, ...]
 
     @staticmethod
-    def __new__(cls, rows: Tensor, names: tuple[str, ...]) -> RowTensor:
+    def __new__(cls, rows: Tensor, names: tuple[str, ...]) -> RowTensor:  # noqa: PYI034
         """Wrap ``rows [B, *shape]``; ``names`` are those of the parameters it comes from."""
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, rows.shape[1:], dtype=rows.dtype, device=rows.device, requires_grad=rows.requires_grad
+        self: RowTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            rows.shape[1:],
+            dtype=rows.dtype,
+            device=rows.device,
+            requires_grad=rows.requires_grad,
         )
         self.rows, self.names = rows, names
         if rows.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
-                self.register_post_accumulate_grad_hook(_refuse_shared_gradient)
-        return self  # type: ignore[no-any-return]
+                self.register_post_accumulate_grad_hook(_refuse_shared_gradient)  # type: ignore[no-untyped-call]
+        return self
 
     @classmethod
     def __torch_function__(
@@ -94,7 +100,7 @@ class RowTensor(Tensor):
         return _intercept(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         raise UnsupportedOperationError(
@@ -116,7 +122,7 @@ class Slot:
         self._leaf: Tensor | None = None
 
     def leaf(self, rows: int) -> Tensor:
-        """The parameter expanded to one copy per row, ``[B, *shape]`` without memory; a graph leaf."""
+        """One copy per row, ``[B, *shape]``, without memory of its own; a leaf of the graph."""
         if self._leaf is None:
             value = self.parameter.detach()
             self._leaf = value.unsqueeze(0).expand(rows, *value.shape).requires_grad_()
@@ -178,7 +184,7 @@ class Capture:
 
     def close(self) -> None:
         """Give the parameters their own class back. May be called at any time, twice too."""
-        global _active  # noqa: PLW0603
+        global _active  # noqa: PLW0603 - autograd's threads look here
         if _active is self:
             _active = None
             for slot in self.slots.values():
@@ -196,7 +202,7 @@ class Capture:
             self.close()
 
     def collect(self) -> dict[str, list[Contribution]]:
-        """After backward: the contributions by parameter name; parameters without any are absent."""
+        """After backward: contributions by parameter name; parameters without any are absent."""
         found = {slot.name: slot.collect() for slot in self.slots.values()}
         return {name: items for name, items in found.items() if items}
 
@@ -234,11 +240,12 @@ class Capture:
         if self.rows == 1:
             return RowDim(0, flattened=True)
         key = ("rule", name_of(func), name)
+        if self.observing:
+            self.observe(key, [tensor], [])
         signature = self.layouts.find(key, [tensor], self.rows)
         if signature is not None:
             return signature.inputs[0].rows
         if self.observing:
-            self.observe(key, [tensor], [])
             return None
         return default_rows(tensor, self.rows, may_flatten=True)
 
@@ -263,7 +270,7 @@ class Capture:
         return self._anchors[device]
 
     def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """``tensor`` detached and in ``dtype``; one copy per micro-batch however often it is used."""
+        """``tensor`` detached and in ``dtype``; one copy per micro-batch for all its uses."""
         if tensor.dtype == dtype:
             return tensor.detach()
         key = (id(tensor), dtype)
@@ -314,7 +321,7 @@ class Capture:
                 must="gradients are computed in the step's own backward only",
                 found=f"a backward inside the forward reached {slot.name} (torch.autograd.grad?)",
                 cost="a gradient of a gradient would be counted as an example's gradient",
-                remedy="compute inner gradients with frozen parameters, or outside the private step",
+                remedy="compute inner gradients with frozen parameters or before the private step",
             )
 
 

@@ -2,7 +2,8 @@
 
 Legend: ``U`` units, ``M`` positions of a unit, ``*shape`` the parameter's shape. Norms come without
 per-unit gradients in memory where the form allows it: for an outer-product sum,
-``|l^T r|^2 = sum((l l^T) * (r r^T))`` (the "ghost norm", Li et al. 2022, arXiv 2110.05679, section 4).
+``|l^T r|^2 = sum((l l^T) * (r r^T))``
+(the "ghost norm", Li et al. 2022, arXiv 2110.05679, section 4).
 The forms of one parameter that is used several times are combined by their inner products, so that
 tied weights are exact.
 """
@@ -11,21 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Size, Tensor
 
 # Below twice this many positions a blocked, symmetric Gram costs more in launches than it saves.
 _BLOCK = 64
 
 # A Gram norm is a difference of large terms where positions cancel: its error is a multiple of
-# (sum_m |left_m| |right_m|)^2, and so is the rounding of the weighted sum. This share of it is added
-# to the squared norm, so that rounding can never hide a gradient from the clip.
+# (sum_m |left_m| |right_m|)^2, and so is the rounding of the weighted sum. This share of it is
+# added to the squared norm, so that rounding can never hide a gradient from the clip.
 _MARGIN = {
     torch.float64: 1e-15,
     torch.float32: 2.5e-7,
@@ -38,10 +40,10 @@ _MARGIN = {
 def full_precision() -> Iterator[None]:
     """Context in which products of float32 matrices are float32.
 
-    With `torch.set_float32_matmul_precision`, "high" or "medium", their factors are rounded to 11 or
-    8 bits: a norm by Gram products could then be far below the norm of what is added.
+    With `torch.set_float32_matmul_precision`, "high" or "medium", their factors are rounded to 11
+    or 8 bits: a norm by Gram products could then be far below the norm of what is added.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -66,7 +68,7 @@ class Dense:
     def squared_norm(self) -> Tensor:
         """``[U]``, in float32 or better."""
         flat = self.gradients.reshape(len(self.gradients), -1)
-        norm = torch.linalg.vector_norm(flat, dim=1, dtype=accumulation_dtype(flat.dtype))
+        norm: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=accumulation_dtype(flat.dtype))
         return norm.square()
 
     def dense(self, shape: Size) -> Tensor:
@@ -79,7 +81,7 @@ class Dense:
         return _sum_of_products(coefficients[:, None], flat).view(shape)
 
     def without(self, excluded: Tensor) -> Dense:
-        """The same with exact zeros for the units in ``excluded [U]`` (also where they were NaN)."""
+        """The same with exact zeros for the units in ``excluded [U]``, where NaN was too."""
         return Dense(_zero_rows(self.gradients, excluded))
 
 
@@ -193,9 +195,19 @@ def combine(contributions: list[Contribution], shape: Size) -> list[Contribution
     return [Dense(total)]
 
 
+def instantiated(contributions: list[Contribution], shape: Size) -> Tensor:
+    """``[U, *shape]``: the sum of the contributions to one parameter, in memory."""
+    total = contributions[0].dense(shape)
+    for item in contributions[1:]:
+        total = total + item.dense(shape)
+    return total
+
+
 def squared_norm(contributions: list[Contribution]) -> Tensor:
     """``[U]``: squared norm of the sum of the (combined) contributions to one parameter."""
-    total = sum((item.squared_norm() for item in contributions[1:]), contributions[0].squared_norm())
+    total = sum(
+        (item.squared_norm() for item in contributions[1:]), contributions[0].squared_norm()
+    )
     if len(contributions) == 2:
         outer, lookup = contributions
         if not (isinstance(outer, Outer) and isinstance(lookup, Lookup)):
@@ -257,12 +269,14 @@ def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
-    return torch.linalg.vecdot(first.flatten(1), second.flatten(1))
+    products: Tensor = torch.linalg.vecdot(first.flatten(1), second.flatten(1))
+    return products
 
 
 def _norms(tensor: Tensor) -> Tensor:
     """``[U, M]`` norms over the last dimension, in float32 or better."""
-    return torch.linalg.vector_norm(tensor, dim=2, dtype=accumulation_dtype(tensor.dtype))
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=2, dtype=accumulation_dtype(tensor.dtype))
+    return norms
 
 
 def _zero_rows(tensor: Tensor, excluded: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,16 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
 from lightning_privacy.clipping.capture import Capture
+from lightning_privacy.clipping.contributions import instantiated
 from lightning_privacy.clipping.guards import LeakGuard
-from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.norms import FlatClipping
 from lightning_privacy.clipping.probe import learn_layouts
 from lightning_privacy.clipping.randomness import preserved_state, without_randomness
 from lightning_privacy.clipping.units import Units, clipped_sum
 from lightning_privacy.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning_privacy.clipping.layout import Layouts
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -55,19 +58,12 @@ def per_example_gradients(
     capture = _captured(module, parameters, loss_fn, batch, instantiate=True)
     scale = _scale(loss_reduction, rows)
     found = capture.collect()
-    gradients = {}
-    for name, parameter in parameters.items():
-        if name in found:
-            (item,) = found[name] if len(found[name]) == 1 else (None,)
-            dense = (
-                sum(part.dense(parameter.shape) for part in found[name])
-                if item is None
-                else item.dense(parameter.shape)
-            )
-            gradients[name] = dense * scale
-        else:
-            gradients[name] = parameter.detach().new_zeros(rows, *parameter.shape)
-    return gradients
+    return {
+        name: instantiated(found[name], parameter.shape) * scale
+        if name in found
+        else parameter.detach().new_zeros(rows, *parameter.shape)
+        for name, parameter in parameters.items()
+    }
 
 
 def clipped_gradient_sum(
@@ -107,9 +103,7 @@ def clipped_gradient_sum(
     capture = _captured(module, parameters, loss_fn, batch, instantiate=False)
     scale = _scale(loss_reduction, rows)
     device = next(iter(parameters.values())).device
-    result = clipped_sum(
-        capture.collect(), parameters, _units(units, rows, scale, device), rule
-    )
+    result = clipped_sum(capture.collect(), parameters, _units(units, rows, scale, device), rule)
     total = {
         name: result.gradients[name]
         if name in result.gradients

@@ -9,7 +9,6 @@ operation, the parameters and the remedy.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ from lightning_privacy.clipping.registry import name_of
 from lightning_privacy.errors import PrivacyError, UnsupportedOperationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from lightning_privacy.clipping.capture import Capture
 
 _REMEDIES = {
@@ -46,15 +47,13 @@ def apply(
     call = _Call(capture, func, leaves, spec)
     if not call.names:
         return func(*args, **kwargs)
+    if func is torch.autograd.grad:
+        raise call.refusal("an inner gradient, which is not kept apart by example")
     if capture.rows == 1:
         return call.run([_only_row(capture, leaf) for leaf in leaves])
-    key = ("generic", *call.key)
-    signature = capture.layouts.find(key, leaves, capture.rows)
-    if signature is None and capture.observing:
-        plain = [_untagged(leaf) for leaf in leaves]
-        result = call.run(plain)
-        capture.observe(key, leaves, tree_flatten(result)[0])
-        return result
+    if capture.observing:
+        return _observed(call)
+    signature = capture.layouts.find(call.layout, leaves, capture.rows)
     _refuse_in_place(call)
     try:
         return _mapped(call, signature)
@@ -62,6 +61,26 @@ def apply(
         raise
     except Exception as error:
         raise call.refusal(f"{type(error).__name__}: {error}") from error
+
+
+def _observed(call: _Call) -> Any:
+    """In a probe: mapped as far as is known by now, and noted in any case.
+
+    What is known may be another use of the same operation, which this one only resembles: nothing
+    is refused here, and the next round knows better.
+    """
+    capture, result = call.capture, None
+    try:
+        signature = capture.layouts.find(call.layout, call.leaves, capture.rows)
+        if signature is not None:
+            _refuse_in_place(call)
+            result = _mapped(call, signature)
+    except Exception:  # noqa: BLE001 - the capture itself will refuse, and say why
+        result = None
+    if result is None:
+        result = call.run([_untagged(leaf) for leaf in call.leaves])
+    capture.observe(call.layout, call.leaves, tree_flatten(result)[0])
+    return result
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,6 +102,12 @@ class _Call:
     @property
     def key(self) -> tuple[str, tuple[str, ...]]:
         return name_of(self.func), self.names
+
+    @property
+    def layout(self) -> object:
+        """What `Layouts` knows this use by: with the places where parameters enter."""
+        places = tuple(map(self.holds_rows, self.leaves))
+        return ("generic", *self.key, places)
 
     def holds_rows(self, leaf: object) -> bool:
         """Whether ``leaf`` is a tagged parameter or an expression of some."""
@@ -107,15 +132,13 @@ class _Call:
 
 
 def _mapped(call: _Call, signature: Signature | None) -> Any:
-    capture = call.capture
-    rows = capture.rows
-    values: list[Any] = []
-    dims: list[int | None] = []
-    for position, leaf in enumerate(call.leaves):
-        known = signature.inputs[position].rows if signature is not None else None
-        value, dim = _prepared(call, leaf, known, learnt=signature is not None)
-        values.append(value)
-        dims.append(dim)
+    learnt = signature is not None
+    known = [leaf.rows for leaf in signature.inputs] if signature else [None] * len(call.leaves)
+    prepared = [
+        _prepared(call, leaf, where, learnt=learnt)
+        for leaf, where in zip(call.leaves, known, strict=True)
+    ]
+    values, dims = [value for value, _ in prepared], [dim for _, dim in prepared]
     mapped = [i for i, dim in enumerate(dims) if dim is not None]
 
     def one_row(*tensors: Tensor) -> Any:
@@ -133,18 +156,33 @@ def _mapped(call: _Call, signature: Signature | None) -> Any:
         )
     if in_place:
         return call.leaves[0]
-    meets_rows = any(
-        isinstance(leaf, Tensor) and dims[i] is not None and not call.holds_rows(leaf)
-        for i, leaf in enumerate(call.leaves)
-    ) or any(value is not leaf and isinstance(leaf, int) for value, leaf in zip(values, call.leaves, strict=True))
+    meets_rows = _meets_rows(call, values, dims)
     outputs, spec = tree_flatten(result)
-    finished = []
-    for position, output in enumerate(outputs):
-        known_output = signature.outputs[position].rows if signature is not None else None
-        finished.append(
-            _assembled(call, output, known_output, rows, learnt=signature is not None, meets_rows=meets_rows)
-        )
-    return tree_unflatten(finished, spec)
+    places = [leaf.rows for leaf in signature.outputs] if signature else [None] * len(outputs)
+    if meets_rows and not learnt:
+        places = [_leading(output) for output in outputs]
+    return tree_unflatten(
+        [
+            _assembled(call, output, place, meets_rows=meets_rows)
+            for output, place in zip(outputs, places, strict=True)
+        ],
+        spec,
+    )
+
+
+def _meets_rows(call: _Call, values: list[Any], dims: list[int | None]) -> bool:
+    """Whether the batch takes part: as a tensor, or as a size such as that of ``expand``."""
+    return any(
+        (isinstance(leaf, Tensor) and dim is not None and not call.holds_rows(leaf))
+        or (isinstance(leaf, int) and value is not leaf)
+        for leaf, value, dim in zip(call.leaves, values, dims, strict=True)
+    )
+
+
+def _leading(output: Any) -> RowDim | None:
+    """Where the rows are by convention, in a mapped result ``[B, ...]``."""
+    mapped = isinstance(output, Tensor) and output.dim() > 1
+    return RowDim(0, flattened=True) if mapped else None
 
 
 def _prepared(
@@ -162,25 +200,37 @@ def _prepared(
         if known is None:
             return leaf, None
         return known.multiplicity(leaf, capture.rows), None
-    if not isinstance(leaf, Tensor) or not leaf.dim():
+    if not isinstance(leaf, Tensor):
         return leaf, None
+    if not leaf.dim():
+        return _shared(call, leaf), None
     if not learnt:
         known = default_rows(leaf, capture.rows, may_flatten=False)
         if known is None:
             raise call.refusal(f"an argument of shape {tuple(leaf.shape)} is not led by the rows")
     if known is None:
-        return leaf, None
+        return _shared(call, leaf), None
     return leaf.unflatten(known.dim, (capture.rows, -1)), known.dim
 
 
-def _assembled(
-    call: _Call, output: Any, known: RowDim | None, rows: int, *, learnt: bool, meets_rows: bool
-) -> Any:
+def _shared(call: _Call, leaf: Tensor) -> Tensor:
+    """What all rows share must not come from the rows; a mean over them may only be added to."""
+    if leaf.requires_grad and (leaf.dim() or getattr(call.func, "__name__", "") not in _ADDITIVE):
+        raise call.refusal(
+            "an argument that all rows share was computed from the rows (a mean over the batch): "
+            "apply the parameters to each example's own value first, then average"
+        )
+    return leaf
+
+
+# A penalty on parameters is added to a loss that is averaged already.
+_ADDITIVE = frozenset({"add", "sub", "rsub", "__add__", "__radd__", "__sub__", "__rsub__", "stack"})
+
+
+def _assembled(call: _Call, output: Any, known: RowDim | None, *, meets_rows: bool) -> Any:
     """One mapped result ``[B, ...]`` as the caller expects it."""
     if not isinstance(output, Tensor):
         return output
-    if not learnt and meets_rows:
-        known = RowDim(0, flattened=True) if output.dim() > 1 else None
     if known is not None:
         return output.movedim(0, known.dim).flatten(known.dim, known.dim + 1)
     if meets_rows:
@@ -208,11 +258,11 @@ _NOT_IN_PLACE = frozenset({"__invert__", "__index__", "__int__"})
 @contextmanager
 def _no_fallback_warning() -> Iterator[None]:
     """A slow batching rule is exact; torch's advice to report it is not for our users."""
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]  # noqa: FBT003
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]  # noqa: FBT003
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 def _only_row(capture: Capture, leaf: Any) -> Any:
@@ -227,4 +277,3 @@ def _rows(leaf: object) -> Tensor | None:
 def _untagged(leaf: Any) -> Any:
     held = _rows(leaf)
     return held[0] if held is not None else leaf
-

@@ -1,19 +1,22 @@
 """What must never happen during private training, watched for.
 
 `LeakGuard`: a gradient that reaches a covered parameter other than through the private step.
-`StateGuard`: a persistent buffer or a parameter that changes other than by the private step.
+`StateGuard`: a buffer or a parameter that changes other than by the private step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lightning_privacy.errors import GuaranteeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 class LeakGuard:
@@ -63,10 +66,11 @@ def _refusal(name: str) -> Callable[[Tensor], None]:
 
 
 class StateGuard:
-    """Notices writes to persistent buffers and parameters between two moments.
+    """Notices writes to buffers and parameters between two moments.
 
-    What a forward writes into a persistent buffer (batch statistics, moving averages, codebooks,
-    router counts) leaves the run in the checkpoint without noise.
+    What a forward writes into a buffer (batch statistics, moving averages, codebooks, router
+    counts) leaves the run in the checkpoint without noise; one that is not saved (a queue of
+    earlier embeddings) carries examples into later gradients, which clipping does not bound either.
 
     Args:
         module: the module to watch.
@@ -77,7 +81,9 @@ class StateGuard:
     def __init__(self, module: nn.Module, independent: Sequence[str] = ()) -> None:
         self._module = module
         self._independent = tuple(independent)
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._entries: list[_Entry] = []
+        self._versions: list[tuple[int, int]] = []
         self._values: dict[str, Tensor] = {}
         self._held: list[Tensor] = []
 
@@ -88,11 +94,13 @@ class StateGuard:
             values: compare contents too, not only version counters: a write through ``.data`` does
                 not move the counter. Costs a pass over the module's memory.
         """
-        state = self._watched()
-        # Memory that is held here cannot be given to a tensor that replaces another.
-        self._held = [tensor.detach() for tensor in state.values()]
-        self._versions = {name: _version(tensor) for name, tensor in state.items()}
-        self._values = {name: _fingerprint(tensor) for name, tensor in state.items()} if values else {}
+        self._entries = self._walk()
+        self._versions = _versions(self._entries)
+        with torch._C.DisableTorchFunctionSubclass():
+            # Memory that is held here cannot be given to a tensor that replaces another.
+            self._held = [tensor.detach() for _, _, tensor in self._entries]
+        watched = self._watched(self._entries) if values else {}
+        self._values = {name: _fingerprint(tensor) for name, tensor in watched.items()}
 
     def verify(self, moment: str) -> None:
         """Compare with the last `snapshot`.
@@ -100,42 +108,64 @@ class StateGuard:
         Raises:
             GuaranteeError: naming every buffer and parameter that changed.
         """
-        state = self._watched()
-        changed = [name for name, seen in self._versions.items() if name not in state]
-        for name, tensor in state.items():
-            if name not in self._versions or _version(tensor) != self._versions[name]:
-                changed.append(name)
-            elif name in self._values and not torch.equal(_fingerprint(tensor), self._values[name]):
-                changed.append(name)
+        entries = self._walk()
+        versions = _versions(entries)
+        if versions == self._versions and not self._values:
+            return
+        before = dict(zip(_names(self._entries), self._versions, strict=True))
+        after = dict(zip(_names(entries), versions, strict=True))
+        tensors = self._watched(entries)
+        names = dict.fromkeys((*self._watched(self._entries), *tensors))
+        changed = [name for name in names if before.get(name) != after.get(name)]
+        changed += [
+            name
+            for name, seen in self._values.items()
+            if name not in changed and not torch.equal(_fingerprint(tensors[name]), seen)
+        ]
         if changed:
-            shown = ", ".join(sorted(changed)[:8])
-            raise GuaranteeError(
-                must="between private optimizer steps no persistent buffer or parameter changes",
-                found=f"changed {moment}: {shown}",
-                cost="what a forward writes there leaves the run in the checkpoint without noise, "
-                "and no epsilon covers it",
-                remedy="remove the update (for BatchNorm: GroupNorm), register the buffer with "
-                "persistent=False, or, if it does not depend on the data, name it in "
-                "independent_buffers",
-            )
+            raise _state_changed(moment, changed)
 
-    def _watched(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = dict(self._module.named_parameters())
-        for prefix, module in self._module.named_modules():
-            transient = module._non_persistent_buffers_set
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in transient:
-                    found[f"{prefix}.{name}" if prefix else name] = buffer
+    def _walk(self) -> list[_Entry]:
+        """All parameters and buffers. Every step does this twice, so nothing is formatted here."""
+        if sum(len(part._modules) for _, part in self._modules) != len(self._modules) - 1:
+            self._modules = list(self._module.named_modules(remove_duplicate=False))
+        return [
+            (prefix, name, tensor)
+            for prefix, part in self._modules
+            for held in (part._parameters, part._buffers)
+            for name, tensor in held.items()
+            if tensor is not None
+        ]
+
+    def _watched(self, entries: list[_Entry]) -> dict[str, Tensor]:
         return {
-            name: tensor
-            for name, tensor in found.items()
+            name: entry[2]
+            for name, entry in zip(_names(entries), entries, strict=True)
             if not any(fnmatch(name, pattern) for pattern in self._independent)
         }
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
+_Entry = tuple[str, str, Tensor]
+
+
+def _names(entries: list[_Entry]) -> list[str]:
+    return [f"{prefix}.{name}" if prefix else name for prefix, name, _ in entries]
+
+
+def _versions(entries: list[_Entry]) -> list[tuple[int, int]]:
     with torch._C.DisableTorchFunctionSubclass():
-        return tensor.data_ptr(), tensor._version
+        return [(tensor.data_ptr(), tensor._version) for _, _, tensor in entries]
+
+
+def _state_changed(moment: str, names: list[str]) -> GuaranteeError:
+    return GuaranteeError(
+        must="between private optimizer steps no buffer and no parameter changes",
+        found=f"changed {moment}: {', '.join(sorted(names)[:8])}",
+        cost="what a forward writes there leaves the run in the checkpoint without noise, "
+        "or carries one example into later gradients of others: no ε covers it",
+        remedy="remove the update (for BatchNorm: GroupNorm) or, if it does not depend on "
+        "the data, name it in independent_buffers",
+    )
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
@@ -146,10 +176,15 @@ def _fingerprint(tensor: Tensor) -> Tensor:
             flat = torch.view_as_real(flat).flatten()
         if flat.dtype != torch.bool and flat.element_size() in _BITS:
             flat = flat.view(_BITS[flat.element_size()])
-        flat = flat.to(torch.int64)
+        total = torch.zeros((), dtype=torch.int64, device=flat.device)
         # Odd weights have an inverse modulo 2**64: no difference of one element is lost.
-        weights = torch.arange(1, 2 * flat.numel() + 1, 2, device=flat.device)
-        return (flat * weights).sum()
+        weights = torch.arange(1, 2 * min(flat.numel(), _PIECE) + 1, 2, device=flat.device)
+        for number, piece in enumerate(flat.split(_PIECE)):
+            bits = piece.to(torch.int64)
+            total += (bits * weights[: bits.numel()]).sum() + 2 * _PIECE * number * bits.sum()
+        return total
 
 
+# Elements that are widened at a time: a 4-bit model must not need its size in integers.
+_PIECE = 2**22
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -9,19 +9,22 @@ rows come first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_privacy.errors import UnsupportedOperationError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 PROBE_ROWS = (2, 3)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowDim:
-    """Dimension ``dim`` holds the rows; ``flattened`` when each row has several entries there."""
+    """Dimension ``dim`` holds the rows; ``flattened``: each row has several entries."""
 
     dim: int
     flattened: bool
@@ -41,7 +44,7 @@ Record = tuple[tuple[Shape, ...], tuple[Shape, ...]]
 class Leaf:
     """One argument (or result) of a call: a tensor, an integer that counts rows, or anything else.
 
-    ``constant`` is the shape of a tensor, or the integer, that was the same for all numbers of rows.
+    ``constant`` is the shape of a tensor, or the integer, that was the same for any number of rows.
     """
 
     ndim: int | None = None
@@ -75,6 +78,11 @@ class Layouts:
     def __init__(self) -> None:
         self._known: dict[object, list[Signature]] = {}
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layouts) and self._known == other._known
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __contains__(self, key: object) -> bool:
         return key in self._known
 
@@ -104,7 +112,7 @@ class Layouts:
             fitting = _one_meaning(_uncontradicted(fitting, leaves), leaves, rows)
         if len(fitting) > 1 or fitting[0].irregular:
             raise UnsupportedOperationError(
-                must="each operation on a trainable parameter keeps its rows in one known dimension",
+                must="an operation on a trainable parameter keeps its rows in one known dimension",
                 found=_ambiguity(key, fitting),
                 cost="one row's gradient would be charged to another, so clipping bounds nothing",
                 remedy="give the operation inputs whose first dimension is the batch; expand a "
@@ -154,7 +162,7 @@ def _row_dim(dim: int, small: int, large: int) -> RowDim | None:
 
 
 def _ambiguity(key: object, fitting: list[Signature]) -> str:
-    _, name, parameters = key if isinstance(key, tuple) and len(key) == 3 else ("", key, "")
+    _, name, parameters, *_ = key if isinstance(key, tuple) else ("", key, "")
     names = parameters if isinstance(parameters, str) else ", ".join(parameters)
     if len(fitting) == 1:
         return f"{name} on {names} has a size that is not in proportion to the number of rows"
@@ -168,7 +176,8 @@ def _fits(known: Leaf, leaf: object, rows: int) -> bool:
         if known.ndim != leaf.dim():
             return False
         return (
-            known.rows is None or known.rows.multiplicity(leaf.shape[known.rows.dim], rows) is not None
+            known.rows is None
+            or known.rows.multiplicity(leaf.shape[known.rows.dim], rows) is not None
         )
     if known.ndim is not None:
         return False
@@ -201,9 +210,7 @@ def _fits_constant(known: Leaf, leaf: object, dim: int) -> bool:
     return known.constant is None or known.constant == leaf
 
 
-def _one_meaning(
-    fitting: list[Signature], leaves: Sequence[object], rows: int
-) -> list[Signature]:
+def _one_meaning(fitting: list[Signature], leaves: Sequence[object], rows: int) -> list[Signature]:
     """The least flattened of signatures that say the same of this call; all, where they do not.
 
     ``[B * T, d]`` with one position per row is ``[B, d]``. But rows and a constant that all rows

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from lightning_privacy.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor
 
 
 class ClippingRule(Protocol):
@@ -187,4 +189,3 @@ __all__ = [
     "PerLayerClipping",
     "clipping_rule",
 ]
-

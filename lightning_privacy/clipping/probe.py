@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.clipping.capture import Capture
 from lightning_privacy.clipping.layout import PROBE_ROWS, Layouts, Record, shape_of
+from lightning_privacy.errors import UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor, nn
+
+    from lightning_privacy.clipping.layout import RowDim
 
 # Each round learns one further step of expressions of parameters (slice, then transpose, …).
 _MOST_ROUNDS = 12
 
 
 class _Probe(Capture):
-    """A capture that runs operations it does not know as they are, and notes their shapes."""
+    """A capture that runs operations it does not know as they are, and notes all shapes."""
 
     observing = True
 
@@ -24,6 +29,13 @@ class _Probe(Capture):
     ) -> None:
         super().__init__(parameters, rows=rows, layouts=layouts)
         self.records: dict[object, list[Record]] = {}
+
+    def rows_of(self, name: str, func: Callable[..., Any], tensor: Tensor) -> RowDim | None:
+        """As in a capture, but unknown where it would refuse: the next round knows better."""
+        try:
+            return super().rows_of(name, func, tensor)
+        except UnsupportedOperationError:
+            return None
 
     def observe(self, key: object, leaves: list[Any], outputs: list[Any]) -> None:
         record = tuple(map(shape_of, leaves)), tuple(map(shape_of, outputs))
@@ -45,16 +57,17 @@ def learn_layouts(
     """
     layouts = Layouts()
     for _ in range(_MOST_ROUNDS):
+        known, layouts = layouts, Layouts()
         records = []
         for rows in PROBE_ROWS:
-            probe = _Probe(parameters, rows=rows, layouts=layouts)
+            probe = _Probe(parameters, rows=rows, layouts=known)
             with probe.opened():
                 forward(rows)
             records.append(probe.records)
         small, large = records
-        new = [key for key in small if key in large]
-        if not new:
+        for key in small:
+            if key in large:
+                layouts.learn(key, small[key], large[key])
+        if layouts == known:
             break
-        for key in new:
-            layouts.learn(key, small[key], large[key])
     return layouts

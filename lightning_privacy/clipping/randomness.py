@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 _ATEN = torch.ops.aten
 # In-place and factory draws, and the constant that each becomes.
@@ -52,6 +54,9 @@ _VALUES: dict[str, Callable[[dict[str, Any]], Tensor | float]] = {
 
 class without_randomness(TorchDispatchMode):  # noqa: N801 - reads as a statement
     """Context in which dropout keeps everything and random draws are constants."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

@@ -6,7 +6,7 @@ Legend: ``B`` rows, ``U`` units, ``K`` groups of parameters that are clipped tog
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,11 @@ from lightning_privacy.clipping.contributions import (
     full_precision,
     squared_norm,
 )
-from lightning_privacy.clipping.norms import ClippingRule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lightning_privacy.clipping.norms import ClippingRule
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Units:
 
     @classmethod
     def segments(cls, index: Tensor, reduction_scale: float) -> Units:
-        """``index [B]`` names each row's unit, 0 to U-1; a unit's gradient is the mean over its rows."""
+        """``index [B]``: each row's unit, 0 to U-1; a unit's gradient is its rows' mean."""
         sizes = torch.bincount(index)
         # In float64: thirds must not cost a float64 gradient its last digits.
         return cls(count=len(sizes), scale=reduction_scale / sizes[index].double(), index=index)
@@ -132,7 +136,7 @@ def clipped_sum(
     names = list(found)
     gathered = {name: [units.gathered(item) for item in found.pop(name)] for name in names}
     members, scale = units.members, units.unit_scale
-    by_group = _group_norms(gathered, names, parameters, rule, scale)
+    by_group = _group_norms(gathered, rule, scale)
     squared = by_group.sum(0)
     finite = torch.isfinite(squared)
     taken = finite & members
@@ -153,16 +157,12 @@ def clipped_sum(
 
 
 def _group_norms(
-    gathered: Mapping[str, list[Contribution]],
-    names: Sequence[str],
-    parameters: Mapping[str, nn.Parameter],
-    rule: ClippingRule,
-    scale: Tensor,
+    gathered: Mapping[str, list[Contribution]], rule: ClippingRule, scale: Tensor
 ) -> Tensor:
     """``[K, U]`` squared norms by group."""
     totals = torch.zeros(rule.groups, len(scale), device=scale.device, dtype=scale.dtype)
-    for name in names:
-        norm = squared_norm(gathered[name])
+    for name, items in gathered.items():
+        norm = squared_norm(items)
         totals = totals.to(torch.promote_types(totals.dtype, norm.dtype))
         totals[rule.group_of(name)] += norm
     return totals * scale.to(totals.dtype).square()

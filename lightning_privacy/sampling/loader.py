@@ -6,6 +6,7 @@ private steps, and user code only ever sees ordinary batches.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,16 +77,17 @@ class PrivateLoader:
                 cost="units that are never drawn, or draws that do not exist",
                 remedy="make the sampler with size=len(dataset)",
             )
-        self._sampler = sampler
         self._cursor = cursor
-        self._physical = None if whole_draws else base.batch_size
-        self._batches = _BatchIndices(self._plan)
+        batch_size = base.batch_sampler.batch_size  # type: ignore[union-attr]
+        self._batches = _BatchIndices(sampler, None if whole_draws else batch_size)
         self._generator = torch.Generator()
         self._loader = _rebuilt(base, self._batches, self._generator)
-        self._epoch: _Epoch | None = None
+        # Weakly: a cycle of references would leave workers to the garbage collector, which lets
+        # each of them run into a timeout of five seconds.
+        self._epoch: weakref.ref[_Epoch] | None = None
         # What Lightning and user code read off an ordinary loader.
         self.dataset = base.dataset
-        self.batch_size = base.batch_size
+        self.batch_size = batch_size
         self.collate_fn = base.collate_fn
         self.num_workers = base.num_workers
         self.sampler = None
@@ -97,8 +99,9 @@ class PrivateLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Starts a pass; nothing is read, not even the cursor, before the first item."""
-        self._epoch = _Epoch(self)
-        return self._epoch
+        epoch = _Epoch(self)
+        self._epoch = weakref.ref(epoch)
+        return epoch
 
     @property
     def current(self) -> tuple[MicroBatch, ...]:
@@ -121,6 +124,15 @@ class PrivateLoader:
         """
         return self._running().next_micro()
 
+    @property
+    def _iterator(self) -> Any:
+        """Where a DataLoader keeps its persistent workers; a trainer that ends them looks here."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._loader._iterator = iterator
+
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing: the position belongs to the run's privacy state, not to the loader.
 
@@ -136,25 +148,23 @@ class PrivateLoader:
             state_dict: Anything.
         """
 
-    def _plan(self, cursor: int) -> tuple[MicroBatch, ...]:
-        return micro_batches(self._sampler.draw(cursor), self._physical)
-
     def _start(self, cursor: int) -> Iterator[Any]:
         self._batches.start, self._batches.stop = cursor, cursor + self._steps
         # Workers' seeds come from a generator of our own: torch would take them from its global
         # one, and so change the user's random numbers.
-        self._generator.manual_seed(self._sampler.worker_seed(cursor))
+        self._generator.manual_seed(self._batches.sampler.worker_seed(cursor))
         return iter(self._loader)
 
     def _running(self) -> _Epoch:
-        if self._epoch is None or not self._epoch.micro:
+        epoch = None if self._epoch is None else self._epoch()
+        if epoch is None or not epoch.micro:
             raise GuaranteeError(
                 must="a draw must have been handed out",
-                found="a PrivateLoader that was not asked for its first item yet",
+                found="a PrivateLoader of which no pass has handed out an item, or none is left",
                 cost="a step on rows that were not drawn for it",
                 remedy="iterate over the loader, and ask for micro-batches inside the step",
             )
-        return self._epoch
+        return epoch
 
 
 class _Epoch:
@@ -173,7 +183,8 @@ class _Epoch:
         return self
 
     def __next__(self) -> Any:
-        if self._owner._epoch is not self:
+        current = self._owner._epoch
+        if current is None or current() is not self:
             raise GuaranteeError(
                 must="a PrivateLoader must be iterated by one pass at a time",
                 found="a pass that goes on after another one was started",
@@ -189,7 +200,7 @@ class _Epoch:
         while self._pulled < len(self.micro):
             self.next_micro()
         self.cursor = self._first + self._done
-        self.micro = self._owner._plan(self.cursor)
+        self.micro = self._owner._batches.plan(self.cursor)
         self._done += 1
         self._pulled = 0
         return self.next_micro()
@@ -209,14 +220,18 @@ class _Epoch:
 class _BatchIndices:
     """The batch sampler of the rebuilt loader: all micro-batches of a range of draws, in order."""
 
-    def __init__(self, plan: Callable[[int], tuple[MicroBatch, ...]]) -> None:
-        self._plan = plan
+    def __init__(self, sampler: PoissonSampler, physical_batch_size: int | None) -> None:
+        self.sampler = sampler
+        self.physical_batch_size = physical_batch_size
         self.start = 0
         self.stop = 0
 
+    def plan(self, cursor: int) -> tuple[MicroBatch, ...]:
+        return micro_batches(self.sampler.draw(cursor), self.physical_batch_size)
+
     def __iter__(self) -> Iterator[list[int]]:
         for cursor in range(self.start, self.stop):
-            for micro in self._plan(cursor):
+            for micro in self.plan(cursor):
                 yield list(micro.indices)
 
 
@@ -270,7 +285,7 @@ def _check_samplers(base: DataLoader[Any]) -> None:
             f"the batch sampler {type(base.batch_sampler).__name__}",
             "pass batch_size=; private steps draw their own batches",
         )
-    sampler = base.sampler
+    sampler = base.batch_sampler.sampler
     if type(sampler) not in _PLAIN_SAMPLERS:
         raise _refused(
             "no sampler of its own",

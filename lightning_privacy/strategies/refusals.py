@@ -81,19 +81,18 @@ def not_started() -> GuaranteeError:
     )
 
 
-def uncovered(names: Sequence[str], what: str) -> GuaranteeError:
-    """The refusal of a parameter that trains outside the private step.
+def uncovered(names: Sequence[str]) -> GuaranteeError:
+    """The refusal of a parameter that became trainable too late.
 
     Args:
         names: The parameters' names.
-        what: Where they were found.
 
     Returns:
         The error, to be raised.
     """
     return GuaranteeError(
         must="every parameter that trains was trainable when the private fit started",
-        found=f"{what} {', '.join(names)}",
+        found=f"became trainable after the fit had started: {', '.join(names)}",
         cost="gradients that nothing clips: 94 times clip_norm where it was measured",
         remedy="unfreeze before trainer.fit, or end the fit, unfreeze, and fit again",
     )

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_privacy.clipping.guards import StateGuard
 from lightning_privacy.strategies.draw import Draw, RowMean, loss_in
@@ -281,13 +281,13 @@ class PrivateRun:
 
     def _release(self, optimizer: Optimizer) -> None:
         step, draw = self._step(), self._draw
-        parameters = self._covered_parameters(optimizer)
+        held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         step.abort_micro_batch()
         if not step.pending:
             raise nothing_to_release(optimizer)
         self._guard.verify("during a training step")
         number = self._charge(draw.releases)
-        statistics = step.release(number, parameters)
+        statistics = step.release(number, held)
         if not draw.releases:
             self._record(statistics)
         draw.after_release()
@@ -301,13 +301,6 @@ class PrivateRun:
         # Contents too, once: a forward that writes through `.data` shows in its first step.
         self._guard.snapshot(values=not self._watched)
         self._watched = True
-
-    def _covered_parameters(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        strangers = [p for p in held if id(p) not in self._covered]
-        if strangers:
-            raise uncovered(self._names(strangers), f"{type(optimizer).__name__} holds")
-        return held
 
     def _next_batch(self) -> Any:
         # The only private name of Lightning's used here, with `_results` below: the hooks around a
@@ -346,11 +339,7 @@ class PrivateRun:
             if parameter.requires_grad and id(parameter) not in self._covered
         ]
         if strangers:
-            raise uncovered(strangers, "became trainable after the fit had started:")
-
-    def _names(self, parameters: Sequence[nn.Parameter]) -> list[str]:
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        return [names.get(id(p), f"a tensor of shape {tuple(p.shape)}") for p in parameters]
+            raise uncovered(strangers)
 
     def _step(self) -> PrivateStep:
         if self.step is None:

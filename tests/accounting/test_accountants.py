@@ -3,10 +3,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from tests.accounting.goldens import exact_delta, exact_epsilon, golden, release
 
 from lightning_privacy.accounting import accountants, delta, epsilon
 from lightning_privacy.errors import ConfigurationError
+from tests.accounting.goldens import exact_delta, exact_epsilon, golden, release
 
 BRACKETS = golden("poisson_gaussian")["rows"]
 PUBLISHED = golden("published")

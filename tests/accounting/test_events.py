@@ -6,11 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
-from tests.accounting.goldens import release
 
 from lightning_privacy.accounting import GaussianRelease
 from lightning_privacy.accounting.events import merged
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
+from tests.accounting.goldens import release
 
 
 def test_a_release_is_a_frozen_value():

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.accounting.goldens import release
 
 from lightning_privacy.accounting import Journal
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
+from tests.accounting.goldens import release
 
 ONE = release(1.0, 0.1)
 OTHER = release(2.0, 0.1)

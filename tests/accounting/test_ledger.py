@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tests.accounting.goldens import release
 
 from lightning_privacy.accounting import Ledger, epsilon
 from lightning_privacy.errors import GuaranteeError
+from tests.accounting.goldens import release
 
 
 def test_an_empty_ledger_has_spent_nothing():

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy import integrate
-from tests.accounting.goldens import exact_delta, exact_epsilon, release
 
 from lightning_privacy.accounting import privacy_loss
 from lightning_privacy.accounting.privacy_loss import hockey_stick, pld_delta, pld_epsilon
+from tests.accounting.goldens import exact_delta, exact_epsilon, release
 
 
 def composed(sigma: float, q: float, count: int, width: float) -> list:
@@ -36,7 +37,7 @@ def test_hockey_stick_is_the_integral_that_defines_it(sigma, q, epsilon):
     ours = [float(side[0]) for side in hockey_stick(np.array([epsilon]), sigma, q)]
     grid = np.linspace(-12 * sigma, 1 + 12 * sigma, 60)
     for value, integrand in zip(ours, (removed, added), strict=True):
-        pieces = zip(grid[:-1], grid[1:], strict=True)
+        pieces = itertools.pairwise(grid)
         truth = sum(integrate.quad(integrand, *piece, limit=200)[0] for piece in pieces)
         assert value == pytest.approx(truth, rel=1e-6, abs=1e-9)
 

@@ -4,10 +4,10 @@
 
 Baseline: an ordinary Trainer on the unmodified module with the same rows. Private: the same Trainer
 with the `DifferentialPrivacy` callback, noise on and all guards at their defaults; every draw holds
-all rows (sample rate 1), so that both see the same batches. Opacus (hooks, ghost) and the plain loop
-over single examples run without a Trainer. The modes take turns; the table shows medians over rounds
-of each round's median step, and the ratio to the non-private step of the same round. Peak memory is
-the growth of the resident set over a few steps in a fresh process.
+all rows (sample rate 1), so that both see the same batches. Opacus (hooks, ghost) and the plain
+loop over single examples run without a Trainer. The modes take turns; the table shows medians over
+rounds of each round's median step, and the ratio to the non-private step of the same round. Peak
+memory is the growth of the resident set over a few steps in a fresh process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MODES = ("non-private", "private", "opacus hooks", "opacus ghost", "example loop
 
 
 def small_llama(*, lora: bool) -> nn.Module:
-    """Hidden 256, 4 layers, vocabulary 4096: 6.3 M parameters; LoRA of rank 8 on all linear layers."""
+    """Hidden 256, 4 layers, vocabulary 4096: 6.3 M parameters, or LoRA of rank 8 on them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
@@ -280,7 +280,9 @@ def measure(case: str, rounds: int, steps: int, threads: int) -> list[dict[str, 
         if mode in failed:
             rows.append({"case": case, "mode": mode, "failed": failed[mode]})
             continue
-        ratios = [base / own for base, own in zip(seconds["non-private"], seconds[mode], strict=True)]
+        ratios = [
+            base / own for base, own in zip(seconds["non-private"], seconds[mode], strict=True)
+        ]
         rows.append(
             {
                 "case": case,
@@ -312,8 +314,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         ratio = row["memory"] / base[row["case"]]["memory"]
         lines.append(
-            f"| {row['case']} | {row['mode']} | {1000 * row['seconds']:.0f} ms | {row['speed']:.2f}× "
-            f"| {row['memory']:.0f} MiB | {ratio:.2f}× |"
+            f"| {row['case']} | {row['mode']} | {1000 * row['seconds']:.0f} ms "
+            f"| {row['speed']:.2f}× | {row['memory']:.0f} MiB | {ratio:.2f}× |"
         )
     return "\n".join(lines)
 
@@ -354,8 +356,9 @@ def _page(rows: str, options: argparse.Namespace) -> str:
     return (
         "# Speed and memory on the CPU\n\n"
         f"One run of `{command}`: {options.threads} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, Opacus {opacus.__version__}. A speed of 0.80× means that "
-        "a private step takes 1.25 times as long. What is measured, and how: the head of the script.\n\n"
+        f"Python {platform.python_version()}, Opacus {opacus.__version__}. A speed of 0.80× means "
+        "that a private step takes 1.25 times as long. What is measured, and how: the head of the "
+        "script.\n\n"
         f"{rows}\n"
     )
 

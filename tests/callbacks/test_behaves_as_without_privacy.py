@@ -111,6 +111,23 @@ def test_limits(tmp_path: Path, options: dict[str, Any], steps: int) -> None:
         assert callback.plan.steps == steps
 
 
+@pytest.mark.parametrize("options", [{"log_every_n_steps": 0}, {"barebones": True}])
+def test_without_logging(tmp_path: Path, options: dict[str, Any]) -> None:
+    callback = privacy()
+    if "barebones" in options:
+        options = {
+            **options,
+            "enable_progress_bar": None,
+            "num_sanity_val_steps": None,
+            "logger": None,
+            "enable_model_summary": None,
+            "enable_checkpointing": None,
+        }
+    trainer(tmp_path, callback, **options).fit(Regression(), loader())
+    assert callback.steps == callback.summary().steps == STEPS
+    assert callback.summary().clipped_share is not None
+
+
 def test_validation_interval(tmp_path: Path) -> None:
     class Validations(pl.Callback):
         def __init__(self) -> None:

@@ -360,6 +360,18 @@ def test_a_parameter_that_is_added_later(tmp_path: Path) -> None:
     assert fit.global_step == 3
 
 
+def test_a_parameter_that_an_optimizer_gets_later(tmp_path: Path) -> None:
+    class Adding(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.optimizers[0].add_param_group({"params": nn.Parameter(torch.ones(2))})
+
+    fit = trainer(tmp_path, privacy(), Adding())
+    with pytest.raises(GuaranteeError, match="holds only parameters that the private step covers"):
+        fit.fit(Regression(), loader())
+    assert fit.global_step == 3
+
+
 @pytest.mark.parametrize("declared", [True, False])
 def test_buffers_that_a_forward_writes(tmp_path: Path, declared: bool) -> None:
     class Averaging(Regression):

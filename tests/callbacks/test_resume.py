@@ -211,13 +211,40 @@ def test_ctrl_c_restores_everything(tmp_path: Path) -> None:
     module.loss((torch.ones(2, 3), torch.ones(2, 1))).backward()
 
 
-def test_evaluation_from_an_old_checkpoint_does_not_turn_the_ledger_back(tmp_path: Path) -> None:
-    callback = privacy(test_seed=None)
+@pytest.mark.parametrize("seed", [None, 11])
+def test_evaluation_from_an_old_checkpoint_does_not_turn_the_ledger_back(
+    tmp_path: Path, seed: int | None
+) -> None:
+    callback = privacy(test_seed=seed)
     module = Regression()
     fit = trainer(tmp_path, callback, saving(tmp_path, 3))
     fit.fit(module, loader())
     fit.validate(module, loader(), ckpt_path=str(tmp_path / "step=3.ckpt"), verbose=False)
-    assert callback.steps == 10
+    assert callback.steps == callback._state.cursor == 10
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_neither_noise_nor_draws_follow_from_the_seed_of_everything(
+    tmp_path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "1")  # seed_everything sets them; undone afterwards
+    start = None
+    if resume:
+        callback = privacy(test_seed=None, journal=False)
+        trainer(tmp_path, callback, saving(tmp_path), max_steps=7).fit(Regression(), loader())
+        start = str(tmp_path / "step=7.ckpt")
+    results, cursors = [], []
+    for _ in range(2):
+        pl.seed_everything(1, verbose=False)
+        module, drawn = Regression(), Drawn()
+        callback = privacy(test_seed=None, journal=False)
+        trainer(tmp_path, callback, drawn).fit(module, loader(), ckpt_path=start)
+        results.append(weights(module))
+        cursors.append(drawn.cursors)
+        assert callback.steps == 10
+    assert cursors[0] == cursors[1]
+    assert not same(*results)
 
 
 def test_a_checkpoint_holds_no_secret_and_loads_safely(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def test_a_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
     for _ in range(3):
         first.charge(0)
     saved = first.state_dict()
+    assert first.journal is not None
+    assert Journal(first.journal.path, 1).reserved == 3
     first.charge(0)
     with pytest.warns(UserWarning, match="10 private steps since the checkpoint"):
         second.restore(saved, [], journal=True)

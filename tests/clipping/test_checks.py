@@ -97,6 +97,11 @@ def by_loop(m: Any, rows: list[int]) -> Tensor:
     return torch.stack([m(X[row]).square().mean() for row in rows]).mean()
 
 
+def led_by_the_first(m: Any, rows: list[int]) -> Tensor:
+    hidden = m(X[rows])
+    return (hidden + 0.05 * hidden[:1].detach()).square().mean()
+
+
 def batch_mean_removed(m: Any, rows: list[int]) -> Tensor:
     hidden = m(X[rows])
     return (hidden - hidden.mean(0).detach()).square().mean()
@@ -111,6 +116,7 @@ COUPLED: dict[str, tuple[Callable[[], nn.Module], Loss, str, str]] = {
     "mixed up": (lambda: nn.Linear(6, 3), mixed_up, "differs", "one example at a time"),
     "time first": (lambda: nn.Linear(4, 3), time_first, "differs", "first dimension"),
     "loop": (lambda: nn.Linear(6, 3), by_loop, "differs", "first dimension"),
+    "led by the first": (lambda: nn.Linear(6, 3), led_by_the_first, "differs", ""),
     "batch mean": (lambda: nn.Linear(6, 3), batch_mean_removed, "differs", "one example at a time"),
 }
 
@@ -137,7 +143,7 @@ def _in(dtype: str, loss: Loss, m: Any, rows: list[int]) -> Tensor:
     return loss(lambda x: m(x.double()), rows)
 
 
-@pytest.mark.parametrize("name", set(COUPLED) - {"mixed up"})
+@pytest.mark.parametrize("name", sorted(set(COUPLED) - {"mixed up"}))
 def test_coupled_losses_in_bfloat16(name: str) -> None:
     make, loss, _, _ = COUPLED[name]
     torch.manual_seed(0)
@@ -295,6 +301,27 @@ def test_a_gradient_that_is_not_a_number_is_a_difference() -> None:
 
     with pytest.raises(GuaranteeError, match="inf"):
         checked(nn.Linear(6, 3), loss)
+
+
+# ---------------------------------------------------------------------- memory between batches
+class Remembering(nn.Module):
+    """Adds the mean of the last batch, kept in a plain attribute that no buffer shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x if self.last is None else x + self.last
+        self.last = x.detach().mean(0)
+        return self.layer(seen)
+
+
+def test_a_memory_of_earlier_batches_is_refused() -> None:
+    with pytest.raises(GuaranteeError) as caught:
+        checked(Remembering(), classify)
+    assert "layer." in caught.value.found
 
 
 # ---------------------------------------------------------------------- nothing is left behind

@@ -217,3 +217,42 @@ def test_remedies_by_operation(layer: str, remedy: str) -> None:
 def test_no_warning_about_slow_batching_rules() -> None:
     model = Sketch(lambda m, x: x * torch.renorm(m.w, 2, 0, 1.0)[0], w=(4, 6))
     assert_exact(model, squares, numbers(B, 6))
+
+
+@pytest.mark.parametrize("how", ["scaled", "by position"])
+def test_a_batch_mean_that_meets_parameters_is_refused_by_name(how: str) -> None:
+    def scaled(m: Sketch, x: Tensor) -> Tensor:
+        # Learnt loss weights: the mean over the batch is taken too early.
+        return torch.exp(-m.log_scale) * squares(m.layer, x) + m.log_scale
+
+    def by_position(m: Sketch, x: Tensor) -> Tensor:
+        hidden = m.layer(x)
+        return (hidden + hidden.mean(0) * m.log_scale).square().mean()
+
+    model = Sketch(lambda m, x: x, layer=nn.Linear(6, 3), log_scale=())
+    with pytest.raises(UnsupportedOperationError, match=r"log_scale.*a mean over the batch"):
+        per_example_gradients(model, scaled if how == "scaled" else by_position, numbers(B, 6))
+
+
+def test_learnt_loss_weights_on_each_example_s_own_loss() -> None:
+    def loss(m: Sketch, x: Tensor) -> Tensor:
+        each = m.layer(x).square().mean(1)
+        return (torch.exp(-m.log_scale) * each + m.log_scale).mean()
+
+    model = Sketch(lambda m, x: x, layer=nn.Linear(6, 3), log_scale=())
+    assert_exact(model, loss, numbers(B, 6))
+
+
+def test_the_same_operation_on_the_same_parameters_in_other_roles() -> None:
+    # Once among parameters, once with the batch: learning the first must not decide the second.
+    model = Sketch(lambda m, x: x @ (m.a @ m.b).tanh() + m.a[:6, 0], a=(6, 2), b=(2, 6))
+    assert_exact(model, squares, numbers(5, 6))
+
+
+def test_a_constant_first_and_the_batch_in_a_later_round() -> None:
+    bank = numbers(7, 6, seed=3)
+
+    def forward(m: Sketch, x: Tensor) -> Tensor:
+        return (x @ m.w.exp()) @ (bank.to(x.dtype) @ m.w).t()
+
+    assert_exact(Sketch(forward, w=(6, 6)), squares, numbers(B, 6))

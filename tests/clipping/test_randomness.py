@@ -59,7 +59,7 @@ def test_each_row_draws_the_same_alone_and_in_a_batch(name: str) -> None:
     assert torch.isfinite(together.double()).all()
 
 
-@pytest.mark.parametrize("name", set(DRAWS) - {"gumbel softmax"})
+@pytest.mark.parametrize("name", sorted(set(DRAWS) - {"gumbel softmax"}))
 def test_the_draws_are_random_outside(name: str) -> None:
     torch.manual_seed(0)
     x = X.repeat(25, 3)

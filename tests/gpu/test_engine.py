@@ -1,4 +1,4 @@
-"""What only a GPU can show: autograd's device threads, low precision, 4-bit bases, noise on CUDA."""
+"""What only a GPU can show: autograd's device threads, low precision, 4-bit bases, noise."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def one_at_a_time(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    difference = sum(float((found[n].double() - g.double()).square().sum()) for n, g in expected.items())
+    difference = sum(
+        float((found[n].double() - g.double()).square().sum()) for n, g in expected.items()
+    )
     return (difference / sum(float(g.double().square().sum()) for g in expected.values())) ** 0.5
 
 
@@ -122,7 +124,9 @@ def test_no_contribution_exceeds_the_bound(dtype: torch.dtype) -> None:
 
 def test_noise_on_cuda_is_normal_and_of_the_size_asked_for() -> None:
     noise = GaussianNoise(fresh_secret())
-    values = noise.sample("weight", torch.empty(400_000, device="cuda"), 0, 3.0).double().cpu() / 3.0
+    values = (
+        noise.sample("weight", torch.empty(400_000, device="cuda"), 0, 3.0).double().cpu() / 3.0
+    )
     squares = float(values.square().sum())
     low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], 400_000)
     assert low < squares < high

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 FOLDER = Path(__file__).parents[2] / "recipes" / "python"
 # Passes over the data, and the accuracy that they reach at least; chance is far below.
-REACHED = {"digits": (6, 0.5), "lora": (2, 0.6), "own_layers": (3, 0.3)}
+REACHED = {"digits": (6, 0.5), "lora": (2, 0.7), "own_layers": (3, 0.3)}
 NEEDED = {"digits": ["sklearn"], "lora": ["transformers", "peft"], "own_layers": []}
 
 

@@ -8,7 +8,6 @@ place, so that masks, dropout and averaged weights stay torch's own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,8 @@ from lightning_privacy.clipping import generic
 from lightning_privacy.clipping.registry import operation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning_privacy.clipping.capture import Capture
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
@@ -66,7 +67,7 @@ def multi_head_attention(
 def scaled_dot_product_attention(
     capture: Capture, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """A trainable position bias or key: only the plain kernel is differentiable in all arguments."""
+    """A trainable position bias or key: only torch's plain kernel differentiates all of them."""
     with sdpa_kernel(SDPBackend.MATH):
         return generic.apply(capture, func, args, kwargs)
 
@@ -82,9 +83,7 @@ def _projections(capture: Capture, call: dict[str, Any]) -> tuple[list[Any], lis
 
 def _thirds(capture: Capture, stacked: Any) -> list[Any]:
     size = stacked.shape[0] // 3
-    return [
-        capture.apply(torch.narrow, (stacked, 0, start * size, size), {}) for start in range(3)
-    ]
+    return [capture.apply(torch.narrow, (stacked, 0, start * size, size), {}) for start in range(3)]
 
 
 def _with_extra_position(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,8 @@ from torch.nn import functional as F
 from lightning_privacy.clipping.registry import operation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning_privacy.clipping.capture import Capture, Slot
     from lightning_privacy.clipping.layout import RowDim
 
@@ -50,13 +51,13 @@ class _Site:
             self.stride,
             self.padding,
             self.dilation,
-            False,  # noqa: FBT003 - transposed
+            False,
             nothing,
             self.groups,
         )
 
     def gradients(self, x: Tensor, grad: Tensor, wanted: list[bool]) -> list[Tensor]:
-        """torch's own gradients of input, weight and bias, summed over the images in ``x``."""
+        """Gradients of input, weight and bias as torch has them: summed over the images."""
         nothing = [0] * len(self.stride)
         return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
             grad,
@@ -66,7 +67,7 @@ class _Site:
             self.stride,
             self.padding,
             self.dilation,
-            False,  # noqa: FBT003 - transposed
+            False,
             nothing,
             self.groups,
             wanted,
@@ -126,7 +127,7 @@ class _Convolution(torch.autograd.Function):
         return site.run(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
         ctx.site.record(x, grad)
@@ -140,10 +141,11 @@ def convolution(
     capture: Capture, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Each window is a position of a dense layer: the weight's gradient is a sum over windows."""
-    x, weight, bias, stride, padding, dilation, groups = (
+    values: list[Any] = [
         args[i] if i < len(args) else kwargs.get(name, default)
         for i, (name, default) in enumerate(_DEFAULTS.items())
-    )
+    ]
+    x, weight, bias, stride, padding, dilation, groups = values
     weight_slot, bias_slot = capture.slot(weight), capture.slot(bias)
     slot = weight_slot or bias_slot
     if slot is None or x.dim() != weight.dim():
@@ -162,9 +164,18 @@ def convolution(
     plain_bias = None if bias is None else capture.cast(bias, x.dtype)
     plain_weight = capture.cast(weight, x.dtype)
     site = _Site(
-        capture, weight_slot, bias_slot, plain_weight, plain_bias, rows, stride, padding, dilation, groups
+        capture,
+        weight_slot,
+        bias_slot,
+        plain_weight,
+        plain_bias,
+        rows,
+        stride,
+        padding,
+        dilation,
+        groups,
     )
-    return _Convolution.apply(x, capture.anchor(x.device), site)
+    return _Convolution.apply(x, capture.anchor(x.device), site)  # type: ignore[no-untyped-call]
 
 
 def _padded(

@@ -6,7 +6,6 @@ rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,8 @@ from lightning_privacy.clipping import generic
 from lightning_privacy.clipping.registry import operation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning_privacy.clipping.capture import Capture
 
 

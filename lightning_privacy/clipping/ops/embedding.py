@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,8 @@ from lightning_privacy.clipping.registry import operation
 from lightning_privacy.errors import UnsupportedOperationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning_privacy.clipping.capture import Capture, Slot
     from lightning_privacy.clipping.layout import RowDim
 
@@ -43,7 +44,7 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(index, table)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         ctx.site.record(ctx.saved_tensors[0], grad)
         return None, None, None, None
@@ -54,7 +55,7 @@ def embedding(
     capture: Capture, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Rows of the table; ids that all examples share (positions) go to the general rule."""
-    index, table, padding, max_norm, _, by_frequency, sparse = _bind(args, kwargs)
+    index, table, padding, max_norm, _, by_frequency, _sparse = _bind(args, kwargs)
     slot = capture.slot(table)
     if slot is None:
         return NotImplemented
@@ -73,7 +74,7 @@ def embedding(
     if padding is not None and padding < 0:
         padding += table.shape[0]
     site = _Site(capture, slot, rows, padding)
-    return _Lookup.apply(index, capture.anchor(table.device), table.detach(), site)
+    return _Lookup.apply(index, capture.anchor(table.device), table.detach(), site)  # type: ignore[no-untyped-call]
 
 
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

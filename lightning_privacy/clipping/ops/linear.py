@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,8 @@ from torch.nn import functional as F
 from lightning_privacy.clipping.registry import operation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning_privacy.clipping.capture import Capture, Slot
     from lightning_privacy.clipping.layout import RowDim
 
@@ -50,7 +51,7 @@ class _Dense(torch.autograd.Function):
         return F.linear(x, weight, site.plain_bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         site: _Site = ctx.site
         (x,) = ctx.saved_tensors
@@ -108,7 +109,7 @@ def _dense(
     site = _Site(
         capture, weight_slot, bias_slot, capture.cast(weight, x.dtype), plain_bias, rows, transposed
     )
-    return _Dense.apply(x, capture.anchor(x.device), site)
+    return _Dense.apply(x, capture.anchor(x.device), site)  # type: ignore[no-untyped-call]
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -1,9 +1,9 @@
 """Normalisation layers.
 
 Layer and group normalisation use torch's fused kernels. Their backward sums the affine parameters'
-gradients over the batch, so it is asked for the input's gradient alone; the rows' own are reductions
-over positions. Where that does not fit, and for the other layers: normalise without the affine
-parameters, then scale and shift by row.
+gradients over the batch, so it is asked for the input's gradient alone; the rows' own are
+reductions over positions. Where that does not fit, and for the other layers: normalise
+without the affine parameters, then scale and shift by row.
 
 What is normalised may itself be an expression of parameters (a table of positions): `generic` runs
 the first part, and simply calls torch where it is not.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,8 @@ from lightning_privacy.clipping.registry import operation
 from lightning_privacy.errors import UnsupportedOperationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning_privacy.clipping.capture import Capture, Slot
     from lightning_privacy.clipping.layout import RowDim
 
@@ -36,7 +37,13 @@ _SHAPED: dict[str, Any] = {"input": None, "normalized_shape": None, "weight": No
 _LAYER_NORM = {**_SHAPED, "bias": None, "eps": 1e-5}
 _RMS_NORM = {**_SHAPED, "eps": None}
 _GROUP_NORM = {"input": None, "num_groups": None, "weight": None, "bias": None, "eps": 1e-5}
-_STATISTICS = {"input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None}
+_STATISTICS = {
+    "input": None,
+    "running_mean": None,
+    "running_var": None,
+    "weight": None,
+    "bias": None,
+}
 _INSTANCE_NORM = {**_STATISTICS, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5}
 _BATCH_NORM = {**_STATISTICS, "training": False, "momentum": 0.1, "eps": 1e-5}
 
@@ -50,7 +57,7 @@ def layer_norm(
     first = x.dim() - len(shape)
     site = _site(capture, func, x, (weight, bias), eps, first_normalized=first)
     if site is not None:
-        return _FusedLayerNorm.apply(x, capture.anchor(x.device), list(shape), site)
+        return _FusedLayerNorm.apply(x, capture.anchor(x.device), list(shape), site)  # type: ignore[no-untyped-call]
     normal = generic.apply(capture, func, (x, shape, None, None, eps), {})
     return _affine(capture, normal, weight, bias)
 
@@ -73,7 +80,7 @@ def group_norm(
     x, groups, weight, bias, eps = _bind(_GROUP_NORM, args, kwargs)
     site = _site(capture, func, x, (weight, bias), eps, first_normalized=1)
     if site is not None:
-        return _FusedGroupNorm.apply(x, capture.anchor(x.device), groups, site)
+        return _FusedGroupNorm.apply(x, capture.anchor(x.device), groups, site)  # type: ignore[no-untyped-call]
     normal = generic.apply(capture, func, (x, groups, None, None, eps), {})
     return _by_channel(capture, normal, weight, bias)
 
@@ -130,8 +137,8 @@ def _site(
     rows = capture.rows_of(named.name, func, x)
     if rows is None or rows.dim >= first_normalized:
         return None
-    plain = [None if value is None else value.detach() for value in affine]
-    return _Site(capture, *slots, *plain, rows, eps)
+    weight, bias = (None if value is None else value.detach() for value in affine)
+    return _Site(capture, slots[0], slots[1], weight, bias, rows, eps)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,10 +165,10 @@ class _FusedLayerNorm(torch.autograd.Function):
         )
         ctx.site, ctx.shape = site, shape
         ctx.save_for_backward(x, mean, rstd)
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         """Deliver the rows' gradients and return the input's."""
         x, mean, rstd = ctx.saved_tensors
@@ -203,10 +210,10 @@ class _FusedGroupNorm(torch.autograd.Function):
         )
         ctx.site, ctx.groups = site, groups
         ctx.save_for_backward(x, mean, rstd)
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         """Deliver the rows' gradients and return the input's."""
         x, mean, rstd = ctx.saved_tensors
@@ -219,7 +226,9 @@ class _FusedGroupNorm(torch.autograd.Function):
             site.capture.add_dense(site.bias, site.capture.by_row(sums, site.rows).sum(1))
         if site.weight is not None:
             products = (flat * x.reshape(count, channels, -1)).sum(2)
-            centred = products.view(count, groups, -1) - sums.view(count, groups, -1) * mean[..., None]
+            centred = (
+                products.view(count, groups, -1) - sums.view(count, groups, -1) * mean[..., None]
+            )
             own = (centred * rstd[..., None]).view(count, channels)
             site.capture.add_dense(site.weight, site.capture.by_row(own, site.rows).sum(1))
         if not ctx.needs_input_grad[0]:
@@ -254,9 +263,7 @@ def _by_channel(capture: Capture, normal: Tensor, weight: Any, bias: Any) -> Any
     return _affine(capture, normal, *wide)
 
 
-def _bind(
-    defaults: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Any]:
+def _bind(defaults: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments in the order of ``defaults``, which holds the torch function's own."""
     return [
         args[i] if i < len(args) else kwargs.get(name, default)

@@ -122,15 +122,13 @@ def lstm_cell(
     return _lstm_cell(weights.of_input(args[0]), weights, tuple(args[1]))
 
 
-def _recurrent(
-    capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any], cell: Cell
-) -> Any:
+def _recurrent(capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any], cell: Cell) -> Any:
     if kwargs or len(args) != len(dataclasses.fields(_Call)):
         return NotImplemented
     if not isinstance(args[3], bool):
         raise _packed(capture, args)
     call = _Call(*args)
-    states: State = call.hx if isinstance(call.hx, tuple | list) else (call.hx,)
+    states: State = tuple(call.hx) if isinstance(call.hx, tuple | list) else (call.hx,)
     if any(_is_expression(capture, tensor) for tensor in (call.x, *states)):
         return NotImplemented
     x = call.x.transpose(0, 1) if call.batch_first else call.x
@@ -191,7 +189,7 @@ def _weights(capture: Capture, call: _Call, number: int) -> _Weights:
     own = call.weights[number * each : (number + 1) * each]
     biases = own[2:4] if call.has_biases else [None, None]
     projection = own[-1] if each % 2 else None
-    return _Weights(capture, *own[:2], *biases, projection)
+    return _Weights(capture, own[0], own[1], biases[0], biases[1], projection)
 
 
 def _is_expression(capture: Capture, tensor: object) -> bool:

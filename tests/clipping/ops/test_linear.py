@@ -80,8 +80,9 @@ def test_a_layer_applied_to_a_table_of_parameters(length: int) -> None:
     assert_exact(model, squares, numbers(B, length, 6))
 
 
-def test_a_layer_applied_to_rows_and_to_a_constant() -> None:
-    bank = numbers(7, 6, seed=5)
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_a_layer_applied_to_rows_and_to_a_constant(size: int) -> None:
+    bank = numbers(size, 6, seed=5)
     model = Sketch(
         lambda m, x: m.layer(x) @ m.layer(bank.to(x.dtype)).t(), layer=nn.Linear(6, 6)
     )
