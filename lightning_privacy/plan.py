@@ -14,8 +14,9 @@ from lightning_privacy.accounting import (
     plan_table,
 )
 from lightning_privacy.accounting.accountants import check_accountant, checked_delta
+from lightning_privacy.accounting.rounding import shown_epsilon
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
-from lightning_privacy.sampling.rate import ResolvedSampling, resolve_sampling
+from lightning_privacy.sampling.rate import resolve_sampling
 from lightning_privacy.types import (
     CLIPPING_KINDS,
     AccountantName,
@@ -30,13 +31,7 @@ from lightning_privacy.types import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "PrivacyPlan",
-    "ResolvedSampling",
-    "plan_table",
-    "precision_slack_for",
-    "resolve_sampling",
-]
+__all__ = ["PrivacyPlan", "plan_table", "precision_slack_for", "resolve_sampling"]
 
 _PRECISION_SLACK = {"64": 1e-9, "32": 1e-4, "bf16": 2e-2}
 
@@ -255,7 +250,7 @@ class PrivacyPlan:
             "neighbours": _RELATION_WORDS[self.relation],
             "epsilon": "infinite (deterministic test mode)"
             if math.isinf(spent)
-            else f"{spent:.4f}",
+            else shown_epsilon(spent),
             "delta": f"{self.delta:g}",
             "noise multiplier": f"{self.noise_multiplier:.4f}",
             "sample rate": f"{self.sample_rate:.6g}",

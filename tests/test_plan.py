@@ -137,7 +137,7 @@ def test_describe_says_it_in_words():
     assert rows == {
         "privacy unit": "example",
         "neighbours": "one unit added or removed",
-        "epsilon": f"{plan().epsilon():.4f}",
+        "epsilon": "1.801",  # 1.8006, rounded up
         "delta": "1e-05",
         "noise multiplier": "1.1000",
         "sample rate": "0.02",

@@ -152,7 +152,11 @@ def test_parameters_that_no_row_reached_get_noise() -> None:
 def test_noise_is_of_the_rule_s_sensitivity_and_added_once(kind: str) -> None:
     model = nn.Linear(200, 100)
     sigma, clip_norm, public = 1.5, 0.2, 4.0
-    changes: dict[str, Any] = {"clipping": kind, "clip_norm": clip_norm, "expected_batch_size": public}
+    changes: dict[str, Any] = {
+        "clipping": kind,
+        "clip_norm": clip_norm,
+        "expected_batch_size": public,
+    }
     batch = numbers(3, 200)
     step = step_of(model, noise_multiplier=sigma, **changes)
     for row in range(3):
@@ -175,7 +179,11 @@ def test_every_release_has_noise_of_its_own(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
 )
 def test_gradients_have_the_parameters_type_and_sums_at_least_float32(
     model: nn.Module, dtype: torch.dtype, expected: torch.dtype
@@ -328,7 +336,9 @@ def test_no_trainable_parameter_is_refused() -> None:
 
 # ---------------------------------------------------------------------- layouts
 def test_layouts_are_learnt_from_copies_of_one_row() -> None:
-    model = Sketch(lambda m, x: m.layer(x.transpose(0, 1)).transpose(0, 1), layer=nn.Linear(4, 3)).double()
+    model = Sketch(
+        lambda m, x: m.layer(x.transpose(0, 1)).transpose(0, 1), layer=nn.Linear(4, 3)
+    ).double()
     batch = numbers(B, B, 4).double()
     by_hand = clipped_by_hand(loop_gradients(model, squares, batch), 0.1)
     step = step_of(model, clip_norm=0.1)

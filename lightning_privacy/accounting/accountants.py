@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.types import ACCOUNTANT_NAMES, AccountantName, one_of, real_number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 REPORT_DISCRETIZATION = 1e-4
 """Width of the privacy-loss grid behind every reported ε."""
@@ -38,14 +40,15 @@ def epsilon(
 
     ``"pld"`` composes pessimistic privacy loss distributions (connect the dots: Doroshenko et
     al., arXiv 2207.04380) and is the tightest. ``"prv"`` is Opacus's accountant (Gopi et al.,
-    arXiv 2106.02848), within 0.01 of it. ``"rdp"`` (Mironov et al., arXiv 1908.10530) is 9 to 30
-    per cent larger. Where Opacus's arithmetic fails, "prv" warns and gives the RDP bound.
+    arXiv 2106.02848), within 0.01 of it; where its arithmetic fails, it warns and gives the RDP
+    bound. ``"rdp"`` is dp-accounting's (Mironov et al., arXiv 1908.10530), 9 to 30 per cent larger.
 
     Args:
         releases: What was released, in any order; may be empty.
         delta: δ, in (0, 1).
         accountant: Which accountant to ask.
-        discretization: Width of the privacy-loss grid, for "pld"; > 0.
+        discretization: Width of the privacy-loss grid, for "pld"; > 0. It is made finer where the
+            losses are small, and coarser where the grid would have millions of points.
 
     Returns:
         ε >= 0, possibly infinite.
@@ -170,11 +173,27 @@ def _rdp(spent: tuple[GaussianRelease, ...]) -> Any:
 
     # Add-or-remove only: with replace-one this accountant drops a factor of 2.
     accountant = RdpAccountant()
-    for release in spent:
-        gaussian = dp_event.GaussianDpEvent(release.noise_multiplier)
-        sampled = dp_event.PoissonSampledDpEvent(release.sample_rate, gaussian)
-        accountant.compose(sampled if release.sample_rate < 1 else gaussian, release.count)
+    with _without_advice():
+        for release in spent:
+            gaussian = dp_event.GaussianDpEvent(release.noise_multiplier)
+            sampled = dp_event.PoissonSampledDpEvent(release.sample_rate, gaussian)
+            accountant.compose(sampled if release.sample_rate < 1 else gaussian, release.count)
     return accountant
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Drops dp-accounting's messages about orders that it leaves out, which is sound."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "Excluding this order" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def _prv_epsilon(spent: tuple[GaussianRelease, ...], delta: float) -> float:
@@ -182,8 +201,7 @@ def _prv_epsilon(spent: tuple[GaussianRelease, ...], delta: float) -> float:
     from opacus.accountants import PRVAccountant
 
     bound = float(_rdp(spent).get_epsilon(delta))
-    # q = 1 divides by zero in Opacus; a rate a hair below one has the same ε to 1e-12.
-    history = [(r.noise_multiplier, min(r.sample_rate, 1 - 1e-12), r.count) for r in spent]
+    history = [(release.noise_multiplier, release.sample_rate, release.count) for release in spent]
     steps = sum(count for *_, count in history)
     mesh = PRV_ERROR / math.sqrt(steps * math.log(12_000 / delta) / 2)
     reason = f"its grid would need more than {_LARGEST_PRV_GRID} points"

@@ -215,7 +215,8 @@ def _refined(spent: Callable[[float], float], target: float, sigma: float, slope
     for _ in range(3):
         if not (0 < value < math.inf) or 0 <= 1 - value / target < 5 * _RELATIVE_PRECISION:
             break
-        guess = sigma * (target / value) ** (1 / slope) * (1 + 0.3 * _RELATIVE_PRECISION)
+        step = math.log(target / value) / slope
+        guess = sigma * math.exp(min(max(step, -0.5), 0.5)) * (1 + 0.3 * _RELATIVE_PRECISION)
         at_guess = spent(guess)
         if at_guess > target and value <= target:
             break

@@ -51,7 +51,7 @@ class Journal:
         self._segments: list[GaussianRelease] = []
         self._open: int | None = None
         self._last: GaussianRelease | None = None
-        self._complete_bytes = 0
+        self._complete_bytes = self._known_bytes = 0
         self._read()
 
     @property
@@ -188,7 +188,14 @@ class Journal:
         new = not self.path.exists()
         if new:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        elif not self._complete_bytes <= self.path.stat().st_size <= self._known_bytes:
+            raise _broken(
+                must=f"one run writes the journal {self.path.name}",
+                found="another run has written to it since this one opened it",
+                remedy="resume a checkpoint in one process at a time; start this run again",
+            )
         line = _sealed({"version": _VERSION, **entry})
+        self._known_bytes = self._complete_bytes + len(line)
         with self.path.open("r+b" if not new else "xb") as file:
             file.seek(self._complete_bytes)
             file.truncate()  # a torn line that a crash had left
@@ -203,7 +210,7 @@ class Journal:
         if not self.path.exists():
             return
         data = self.path.read_bytes()
-        self._complete_bytes = data.rfind(b"\n") + 1
+        self._known_bytes, self._complete_bytes = len(data), data.rfind(b"\n") + 1
         for number, line in enumerate(data[: self._complete_bytes].splitlines(), start=1):
             try:
                 self._replay(_opened(line))

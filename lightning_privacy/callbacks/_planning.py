@@ -11,12 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_privacy.accounting import GaussianRelease, epsilon
 from lightning_privacy.callbacks._state import RunState, budget_spent
 from lightning_privacy.errors import BudgetExceededError, ConfigurationError, GuaranteeError
-from lightning_privacy.plan import (
-    PrivacyPlan,
-    ResolvedSampling,
-    precision_slack_for,
-    resolve_sampling,
-)
+from lightning_privacy.plan import PrivacyPlan, precision_slack_for, resolve_sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from lightning_privacy.callbacks._settings import PrivacySettings
+    from lightning_privacy.sampling import ResolvedSampling
     from lightning_privacy.types import AccountantName
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from lightning_privacy.sampling import PrivateLoader
     from lightning_privacy.strategies import PrivateRun
 
-# Four, spread over the data set: neighbours in it are often alike.
-_ROWS = 4
+_ROWS = 8
 
 
 def checked_layouts(
@@ -85,12 +85,12 @@ class LossProbe:
         """Some different rows of the data set.
 
         Returns:
-            Up to four positions, and no more than two or a physical batch, so that they fit into
-            memory; fewer in a data set of fewer rows.
+            Up to eight positions, drawn afresh for each check, and no more than two or a physical
+            batch, so that they fit into memory; fewer in a data set of fewer rows.
         """
         size = len(self._loader.dataset)  # type: ignore[arg-type]
         count = min(_ROWS, size, max(2, self._loader.batch_size or 1))
-        return [round(i * (size - 1) / max(1, count - 1)) for i in range(count)]
+        return secrets.SystemRandom().sample(range(size), count)
 
     def __call__(self, rows: Sequence[int]) -> Tensor | None:
         """Compute the training loss of a batch.
@@ -102,17 +102,18 @@ class LossProbe:
             The scalar loss; None if the step returns none.
         """
         module = self._trainer.lightning_module
-        batch = self._transferred(self._loader.collate_fn([self._sample(row) for row in rows]))
+        batch = self._transferred(self._loader.collate_fn(self._samples_of(rows)))
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         arguments = (0,) if takes_index else ()
         with _quiet(module):
             return self._run.probe(batch, *arguments)
 
-    def _sample(self, row: int) -> Any:
+    def _samples_of(self, rows: Sequence[int]) -> list[Any]:
         # Once per row: a data set with random augmentation would give another example each time.
-        if row not in self._samples:
-            self._samples[row] = self._loader.dataset[row]
-        return self._samples[row]
+        for row in rows:
+            if row not in self._samples:
+                self._samples[row] = self._loader.dataset[row]
+        return [self._samples[row] for row in rows]
 
     def _transferred(self, batch: Any) -> Any:
         strategy = self._trainer.strategy

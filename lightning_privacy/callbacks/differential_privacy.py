@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -284,6 +285,8 @@ class DifferentialPrivacy(Callback):
         if trainer.barebones or self._so_far is None:
             return
         spent = self._so_far.at(state.ledger.count)
+        if math.isfinite(spent):
+            spent = math.ceil(spent * 1000) / 1000  # the progress bar shows three digits
         pl_module.log("privacy/epsilon", spent, prog_bar=True, **_EACH_STEP)
         every = self._trainer.log_every_n_steps
         if every and state.ledger.count % every == 0:
@@ -296,6 +299,8 @@ class DifferentialPrivacy(Callback):
         """Remember the validation loss for the closing table."""
         if self._stage == "fit" and not trainer.sanity_checking:
             self._tally.note_validation(trainer.callback_metrics)
+            if self._run is not None:
+                self._run.forget_state()
 
     # ------------------------------------------------------------------ the end
     @override

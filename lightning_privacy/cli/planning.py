@@ -7,6 +7,7 @@ import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from lightning_privacy.accounting.rounding import shown_epsilon
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.plan import PrivacyPlan, plan_table, precision_slack_for, resolve_sampling
 from lightning_privacy.types import ACCOUNTANT_NAMES
@@ -197,7 +198,7 @@ def _print_batch_sizes(
                 f"{row['sample_rate']:.3g}",
                 f"{row['steps']}",
                 f"{row['noise_multiplier']:.4f}",
-                f"{row['epsilon']:.4f}",
+                shown_epsilon(row["epsilon"]),
                 f"{row['noise_to_batch']:.2e}",
             )
             for row in rows

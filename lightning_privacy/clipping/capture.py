@@ -209,8 +209,6 @@ class Capture:
     # ------------------------------------------------------------------ dispatch
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func``, rewritten if it touches a tagged parameter."""
-        if func is Tensor.backward:
-            return func(self.collapse(args[0]), *args[1:], **kwargs)
         rule = RULES.get(func)
         if rule is not None:
             result = rule(self, func, args, kwargs)
@@ -226,6 +224,13 @@ class Capture:
     def collapse(self, loss: Tensor) -> Tensor:
         """A loss that the rows seem to share, as the mean over the rows' own."""
         return loss.rows.mean(0) if isinstance(loss, RowTensor) else loss
+
+    def roots(self, tensors: Any) -> Any:
+        """What ``loss.backward`` or `torch.autograd.backward` is to start from."""
+        for tensor in tree_flatten(tensors)[0]:
+            if isinstance(tensor, RowTensor) and tensor.rows.dim() > 1:
+                _refuse_shared_gradient(tensor)
+        return tree_map_only(RowTensor, self.collapse, tensors)
 
     # ------------------------------------------------------------------ what rules need
     observing = False
@@ -327,6 +332,12 @@ class Capture:
 
 def _intercept(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     capture = _active
+    if capture is not None and func in (Tensor.backward, torch.autograd.backward):
+        # Also with gradients off, where reentrant checkpointing runs a block's own backward; and
+        # with the tags in force, which the computation of a block's forward again must meet.
+        with torch._C.DisableTorchFunctionSubclass():
+            roots = capture.roots(args[0])
+        return func(roots, *args[1:], **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
         if capture is None or not torch.is_grad_enabled() or _is_query(func, args, kwargs):
             args, kwargs = tree_map_only(RowTensor, _plain, (args, kwargs))

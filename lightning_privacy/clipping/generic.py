@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
     from lightning_privacy.clipping.capture import Capture
 
+# How an operation that cannot be mapped fails. Others are not about it: checkpointing
+# ends its second forward by one.
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+
 _REMEDIES = {
     "lstm": "replace nn.LSTM by opacus.layers.DPLSTM, which is built from linear layers",
     "gru": "replace nn.GRU by opacus.layers.DPGRU, which is built from linear layers",
@@ -59,7 +63,7 @@ def apply(
         return _mapped(call, signature)
     except PrivacyError:
         raise
-    except Exception as error:
+    except _FAILURES as error:
         raise call.refusal(f"{type(error).__name__}: {error}") from error
 
 
@@ -75,8 +79,8 @@ def _observed(call: _Call) -> Any:
         if signature is not None:
             _refuse_in_place(call)
             result = _mapped(call, signature)
-    except Exception:  # noqa: BLE001 - the capture itself will refuse, and say why
-        result = None
+    except _FAILURES:
+        result = None  # the capture itself will refuse, and say why
     if result is None:
         result = call.run([_untagged(leaf) for leaf in call.leaves])
     capture.observe(call.layout, call.leaves, tree_flatten(result)[0])

@@ -23,14 +23,13 @@ class LeakGuard:
     """Raises as soon as autograd delivers a raw gradient to one of ``parameters``.
 
     Every covered use of a parameter is rewritten so that its own gradient stays empty. One that
-    arrives all the same is not clipped (a custom autograd function, compiled code): it is dropped
-    and the step ends with an error that names the parameter.
+    arrives all the same is not clipped (a custom autograd function, compiled code, a call of
+    `torch.autograd.grad` in some hook): the step ends with an error that names the parameter.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(_refusal(name))
-            for name, parameter in parameters.items()
+            parameter.register_hook(_refusal(name)) for name, parameter in parameters.items()
         ]
 
     def remove(self) -> None:
@@ -51,8 +50,7 @@ class LeakGuard:
 
 
 def _refusal(name: str) -> Callable[[Tensor], None]:
-    def refuse(parameter: Tensor) -> None:
-        parameter.grad = None
+    def refuse(_gradient: Tensor) -> None:
         raise GuaranteeError(
             must="no gradient reaches a trainable parameter except clipped and noised",
             found=f"autograd delivered a raw gradient to {name}: it was used by code that the "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_privacy.clipping.capture import Capture
 from lightning_privacy.clipping.layout import PROBE_ROWS, Layouts, Record, shape_of
 from lightning_privacy.errors import UnsupportedOperationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -42,6 +45,21 @@ class _Probe(Capture):
         self.records.setdefault(key, []).append(record)
 
 
+@contextmanager
+def _without_reentrant_checkpointing() -> Iterator[None]:
+    """Run checkpointed blocks as they are: their forward without gradients would show nothing."""
+    kept = CheckpointFunction.__dict__.get("apply")
+    plain = staticmethod(lambda function, _, *arguments: function(*arguments))
+    setattr(CheckpointFunction, "apply", plain)  # noqa: B010 - a method, to a type checker
+    try:
+        yield
+    finally:
+        if kept is None:
+            del CheckpointFunction.apply
+        else:
+            setattr(CheckpointFunction, "apply", kept)  # noqa: B010
+
+
 def learn_layouts(
     parameters: Mapping[str, nn.Parameter], forward: Callable[[int], object]
 ) -> Layouts:
@@ -61,7 +79,7 @@ def learn_layouts(
         records = []
         for rows in PROBE_ROWS:
             probe = _Probe(parameters, rows=rows, layouts=known)
-            with probe.opened():
+            with probe.opened(), _without_reentrant_checkpointing():
                 forward(rows)
             records.append(probe.records)
         small, large = records

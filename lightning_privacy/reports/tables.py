@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning_privacy.accounting.rounding import shown_epsilon
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -92,10 +94,10 @@ def _epsilon_rows(summary: PrivacySummary) -> list[Row]:
     if summary.plan.deterministic:
         return [("epsilon spent", "infinite (deterministic test mode: no privacy)")]
     if math.isclose(summary.epsilon, summary.epsilon_at_stop, rel_tol=1e-9):
-        return [("epsilon spent", f"{summary.epsilon:.4g}")]
+        return [("epsilon spent", shown_epsilon(summary.epsilon))]
     return [
-        ("epsilon of the planned steps", f"{summary.epsilon:.4g}"),
-        ("epsilon at the stop, ex-post", f"{summary.epsilon_at_stop:.4g}"),
+        ("epsilon of the planned steps", shown_epsilon(summary.epsilon)),
+        ("epsilon at the stop, ex-post", shown_epsilon(summary.epsilon_at_stop)),
     ]
 
 

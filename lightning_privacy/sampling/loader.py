@@ -99,9 +99,7 @@ class PrivateLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Starts a pass; nothing is read, not even the cursor, before the first item."""
-        epoch = _Epoch(self)
-        self._epoch = weakref.ref(epoch)
-        return epoch
+        return _Epoch(self)
 
     @property
     def current(self) -> tuple[MicroBatch, ...]:
@@ -148,12 +146,18 @@ class PrivateLoader:
             state_dict: Anything.
         """
 
-    def _start(self, cursor: int) -> Iterator[Any]:
+    def _begin(self, epoch: _Epoch) -> tuple[int, Iterator[Any]]:
+        """Makes a pass the current one, with its first item; only now is the cursor read."""
+        self._epoch = weakref.ref(epoch)
+        cursor = self._cursor()
         self._batches.start, self._batches.stop = cursor, cursor + self._steps
         # Workers' seeds come from a generator of our own: torch would take them from its global
         # one, and so change the user's random numbers.
         self._generator.manual_seed(self._batches.sampler.worker_seed(cursor))
-        return iter(self._loader)
+        return cursor, iter(self._loader)
+
+    def _is_current(self, epoch: _Epoch) -> bool:
+        return self._epoch is not None and self._epoch() is epoch
 
     def _running(self) -> _Epoch:
         epoch = None if self._epoch is None else self._epoch()
@@ -183,19 +187,17 @@ class _Epoch:
         return self
 
     def __next__(self) -> Any:
-        current = self._owner._epoch
-        if current is None or current() is not self:
+        if self._rows is not None and not self._owner._is_current(self):
             raise GuaranteeError(
                 must="a PrivateLoader must be iterated by one pass at a time",
-                found="a pass that goes on after another one was started",
+                found="a pass that goes on after another one has begun",
                 cost="a draw that is used twice and accounted for once",
-                remedy="finish or drop the first pass before starting the second",
+                remedy="finish or drop the first pass before beginning the second",
             )
         if self._done == len(self._owner):
             raise StopIteration
         if self._rows is None:
-            self._first = self._owner._cursor()
-            self._rows = self._owner._start(self._first)
+            self._first, self._rows = self._owner._begin(self)
         # A step that left micro-batches behind must not pass them on to the next draw.
         while self._pulled < len(self.micro):
             self.next_micro()

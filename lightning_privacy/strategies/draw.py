@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class Draw:
     """Where one draw stands between backward passes and releases."""
 
-    __slots__ = ("manual", "releases", "unreleased", "weights")
+    __slots__ = ("cursor", "manual", "releases", "unreleased", "weights")
 
-    def __init__(self, *, manual: bool = False) -> None:
-        self.manual = manual
+    def __init__(self, *, cursor: int = -1, manual: bool = False) -> None:
+        self.cursor, self.manual = cursor, manual
         self.releases = 0
         self.unreleased = False
         self.weights: Sequence[float] = ()

@@ -146,6 +146,22 @@ def closure_called_again(optimizer: Optimizer) -> UnsupportedOperationError:
     )
 
 
+def draw_stepped_again() -> UnsupportedOperationError:
+    """The refusal of a second optimizer step on a draw that was released.
+
+    Returns:
+        The error, to be raised.
+    """
+    return UnsupportedOperationError(
+        must="each draw is followed by one optimizer step",
+        found="optimizer_step steps the optimizer again on a draw that was released already",
+        cost="several releases about the same units would be charged as if their draws were "
+        "independent, and the printed ε would be far too small",
+        remedy="step once in LightningModule.optimizer_step; for several steps on a draw use "
+        "manual optimization with releases_per_draw",
+    )
+
+
 def closure_never_called(optimizer: Optimizer) -> GuaranteeError:
     """The refusal of an optimizer that ignores its closure.
 

@@ -21,6 +21,7 @@ from lightning_privacy.strategies.refusals import (
     accumulation_refused,
     closure_called_again,
     closure_never_called,
+    draw_stepped_again,
     draw_was_split,
     loaders_refused,
     not_started,
@@ -84,6 +85,7 @@ class PrivateRun:
         self._probing = False
         self._probed: Tensor | None = None
         self._watched = False
+        self._released = 0
 
     # ------------------------------------------------------------------ loader and draws
     def prepare_loader(self, dataloader: object) -> PrivateLoader:
@@ -207,8 +209,9 @@ class PrivateRun:
             result = ordinary(optimizer, private_closure, *arguments, **named)
             if not calls:
                 raise closure_never_called(optimizer)
+            self._watch_state()
             if not self.module.automatic_optimization:
-                self._begin_again()
+                self._step().begin(self._draw.weights)
             return result
 
     def probe(self, batch: Any, *arguments: Any) -> Tensor | None:
@@ -276,7 +279,12 @@ class PrivateRun:
         if step.pending and not self._draw.releases:
             warn_never_stepped()
         step.discard()
-        self._draw = Draw(manual=not self.module.automatic_optimization)
+        cursor = self._loader().cursor_of_current
+        if self._draw.releases and self._draw.cursor == cursor:
+            raise draw_stepped_again()
+        if self._watched:
+            self._guard.verify("between training steps")
+        self._draw = Draw(cursor=cursor, manual=not self.module.automatic_optimization)
         self._watch_state()
 
     def _release(self, optimizer: Optimizer) -> None:
@@ -291,15 +299,16 @@ class PrivateRun:
         if not draw.releases:
             self._record(statistics)
         draw.after_release()
+        self._released += 1
 
-    def _begin_again(self) -> None:
-        # The module may go on with another loss on the same draw.
-        self._watch_state()
-        self._step().begin(self._draw.weights)
+    def forget_state(self) -> None:
+        """Take the present state as given: validation may swap averaged weights in and out."""
+        if self._watched:
+            self._watch_state()
 
     def _watch_state(self) -> None:
-        # Contents too, once: a forward that writes through `.data` shows in its first step.
-        self._guard.snapshot(values=not self._watched)
+        # Contents too at steps 1, 2, 4, 8, …: only they show a write through `.data`.
+        self._guard.snapshot(values=self._released & (self._released - 1) == 0)
         self._watched = True
 
     def _next_batch(self) -> Any:

@@ -29,4 +29,6 @@ def exact_delta(mu: float, epsilon: float) -> float:
 
 
 def exact_epsilon(mu: float, delta: float) -> float:
+    if exact_delta(mu, 0.0) <= delta:
+        return 0.0
     return brentq(lambda epsilon: exact_delta(mu, epsilon) - delta, 0, 1e4, xtol=1e-12)

@@ -214,6 +214,16 @@ def test_rdp_is_never_asked_about_replace_one(monkeypatch):
     assert relations == [dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE]
 
 
+def test_rdp_says_nothing_about_orders_that_it_leaves_out(capfd, caplog):
+    import logging
+
+    filters = list(logging.getLogger("absl").filters)
+    assert epsilon([release(1.518648, 0.180484, 10)], 1e-5, "rdp") > 0
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert logging.getLogger("absl").filters == filters
+
+
 def test_repeated_questions_are_answered_from_memory(monkeypatch):
     releases = [release(1.31, 0.0131, 77)]
     first = epsilon(releases, 1e-5)

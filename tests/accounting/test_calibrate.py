@@ -87,6 +87,14 @@ def test_prv_adds_a_hundredth_to_every_epsilon():
         noise_multiplier_for(**{**BUDGET, "epsilon": 0.01}, accountant="prv")
 
 
+@pytest.mark.parametrize("slope", [-50.0, -1.0, -0.01])
+@pytest.mark.parametrize("start", [0.5, 0.999, 1.0, 1.5])
+def test_what_the_fine_grid_says_decides(slope, start):
+    # Wherever the search grid's answer and slope point to, the end fits the reporting grid.
+    found = calibrate._refined(lambda sigma: 1 / sigma, 1.0, start, slope)
+    assert 1 / found <= 1
+
+
 def test_more_budget_needs_less_noise():
     sigmas = [noise_multiplier_for(**{**BUDGET, "epsilon": target}) for target in (1, 2, 4)]
     assert sigmas == sorted(sigmas, reverse=True)

@@ -113,6 +113,7 @@ def damaged(kind: str, data: bytes) -> bytes:
     lines = data.splitlines(keepends=True)
     return {
         "a changed number": data.replace(b'"count": 5', b'"count": 4', 1),
+        "less noise": data.replace(b'"noise_multiplier": 1.0', b'"noise_multiplier": 9.0'),
         "a lost line": b"".join(lines[1:]),
         "a line twice": lines[0] + data,
         "no JSON": b"x" + data,
@@ -125,6 +126,7 @@ def damaged(kind: str, data: bytes) -> bytes:
     "kind",
     [
         "a changed number",
+        "less noise",
         "a lost line",
         "a line twice",
         "no JSON",

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from scipy import integrate
+from scipy.optimize import brentq
 
 from lightning_privacy.accounting import privacy_loss
 from lightning_privacy.accounting.privacy_loss import hockey_stick, pld_delta, pld_epsilon
@@ -77,12 +78,13 @@ def test_compositions_agree_with_dp_accounting(q, sigma, steps, delta):
     from dp_accounting.pld import privacy_loss_distribution
 
     theirs = privacy_loss_distribution.from_gaussian_mechanism(
-        sigma, sampling_prob=q, value_discretization_interval=1e-4
+        sigma, sampling_prob=q, value_discretization_interval=1e-3
     ).self_compose(steps)
-    ours = pld_epsilon([release(sigma, q, steps)], delta, 1e-4)
-    assert ours == pytest.approx(theirs.get_epsilon_for_delta(delta), rel=2e-5, abs=2e-6)
-    at = theirs.get_delta_for_epsilon(1.0)
-    assert pld_delta([release(sigma, q, steps)], 1.0, 1e-4) == pytest.approx(at, rel=1e-3)
+    sides = composed(sigma, q, steps, 1e-3)
+    ours = max(privacy_loss._epsilon(side, delta) for side in sides)
+    assert ours == pytest.approx(theirs.get_epsilon_for_delta(delta), rel=1e-6, abs=1e-6)
+    at_one = max(privacy_loss._delta(side, 1.0) for side in sides)
+    assert at_one == pytest.approx(theirs.get_delta_for_epsilon(1.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("delta", [1e-3, 1e-9, 1e-12])
@@ -95,6 +97,31 @@ def test_an_fft_of_many_releases_never_falls_below_the_exact_gaussian(mu, count,
     assert truth <= max(values) <= truth * 1.001 + 1e-3
     deltas = [privacy_loss._delta(side, truth) for side in sides]
     assert exact_delta(mu, truth) * (1 - 1e-9) <= max(deltas) <= delta * 1.05
+
+
+@pytest.mark.parametrize("delta", [0.3, 1e-2, 1e-5, 1e-12])
+@pytest.mark.parametrize(("sigma", "q"), [(0.5, 0.5), (0.3, 0.01), (1.0, 0.9), (3.0, 0.2)])
+def test_one_release_is_the_inverse_of_its_hockey_stick(sigma, q, delta):
+    # Adding a unit has losses below -log(1 - q) only: no tilt brings their mass to the top.
+    def worst(epsilon):
+        return max(float(side[0]) for side in hockey_stick(np.array([epsilon]), sigma, q))
+
+    found = pld_epsilon([release(sigma, q)], delta, 1e-4)
+    if worst(0.0) <= delta:
+        assert found == 0
+    else:
+        truth = brentq(lambda epsilon: worst(epsilon) - delta, 0, 300, xtol=1e-12)
+        assert truth <= found <= truth * (1 + 1e-5) + 1e-6
+        assert pld_delta([release(sigma, q)], truth, 1e-4) == pytest.approx(delta, rel=1e-4)
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-5, 1e-12])
+@pytest.mark.parametrize(("mu", "count"), [(0.05, 10**7), (0.02, 10**6), (1e-4, 1), (1e-4, 100)])
+def test_the_rounding_of_tiny_losses_never_turns_the_bound_over(mu, count, delta):
+    sigma = math.sqrt(count) / mu
+    sides = composed(sigma, 1.0, count, privacy_loss._grid_width([(sigma, 1.0, count)], 1e-4))
+    truth = exact_epsilon(mu, delta)
+    assert truth <= max(privacy_loss._epsilon(side, delta) for side in sides) <= truth * 1.02 + 1e-4
 
 
 def test_without_the_tilt_the_rounding_of_the_fft_swamps_a_small_delta(monkeypatch):
@@ -115,8 +142,8 @@ def test_hopeless_settings_are_answered_from_above(sigma, q, count):
     # With probability 1 - (1 - q)^count > δ a unit is drawn once at least: 1 / (2 σ²) is a floor.
     value = pld_epsilon([release(sigma, q, count)], 1e-5, 1e-4)
     assert 0.5 / sigma**2 < value < math.inf
-    assert pld_delta([release(sigma, q, count)], 1.0, 1e-4) > 0.5
     if q == 1:
+        assert pld_delta([release(sigma, q, count)], 1.0, 1e-4) > 0.5
         assert exact_epsilon(1 / sigma, 1e-5) <= value
 
 

@@ -26,7 +26,7 @@ def pins() -> dict[str, str]:
 
 
 def installed_by_make() -> list[Requirement]:
-    extras = Requirement(EXTRAS["dev"][0]).extras
+    extras = sorted(Requirement(EXTRAS["dev"][0]).extras)
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
     return [Requirement(line) for line in lines]
 

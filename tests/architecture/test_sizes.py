@@ -18,11 +18,16 @@ SOURCES = sorted(
 def function_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Count a function's lines without its docstring.
 
-    A constructor's signature does not count, which is a list of settings, one to a line; nor does a
-    class inside a function, whose methods are measured on their own.
+    A constructor's signature (that of ``__init__`` or of a class method) does not count, which is a
+    list of settings, one to a line; nor does a class inside a function, whose methods are measured
+    on their own.
     """
     first = node.body[0]
-    start = first.lineno if node.name == "__init__" else node.lineno
+    builds = node.name == "__init__" or any(
+        isinstance(decorator, ast.Name) and decorator.id == "classmethod"
+        for decorator in node.decorator_list
+    )
+    start = first.lineno if builds else node.lineno
     lines = (node.end_lineno or start) - start + 1
     if ast.get_docstring(node, clean=False) is not None:
         lines -= span(first)

@@ -102,12 +102,11 @@ def test_random_augmentation_passes_the_check(tmp_path: Path) -> None:
     assert callback.steps == 10
 
 
-@pytest.mark.parametrize(("batch_size", "count"), [(1, 2), (3, 3), (8, 4)])
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 2), (3, 3), (16, 8)])
 def test_the_rows_of_the_check_fit_into_memory(batch_size: int, count: int) -> None:
     rows = LossProbe(None, loader(batch_size=batch_size), None).rows()  # type: ignore[arg-type]
     assert len(rows) == len(set(rows)) == count
-    assert rows[0] == 0
-    assert rows[-1] == ROWS - 1
+    assert all(0 <= row < ROWS for row in rows)
 
 
 def test_without_the_check_one_by_one_training_calls_nothing_before(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ them, so that a comparison in float64 is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_privacy.clipping import clipped_gradient_sum, per_example_gradients
@@ -27,23 +29,29 @@ DOUBLE, SINGLE = 1e-9, 1e-5
 CLIP_NORM = 0.5
 
 
-class in_double(TorchFunctionMode):  # noqa: N801 - reads as a statement
-    """Context in which a conversion to float32 is one to float64."""
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Context in which a conversion of numbers to float32 is one to float64.
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
-            return func(*args, **kwargs)
-        if func is Tensor.float:
-            func = Tensor.double
-        kwargs = {name: _doubled(value) for name, value in kwargs.items()}
-        return func(*map(_doubled, args), **kwargs)
+    Torch's own functions are replaced: a mode would not reach what checkpointing computes again.
+    """
+    convert, softmax = Tensor.to, F.softmax
+
+    def to(tensor: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        if tensor.is_floating_point():
+            arguments = tuple(map(_doubled, arguments))
+            named = {name: _doubled(value) for name, value in named.items()}
+        return convert(tensor, *arguments, **named)
+
+    def doubled_softmax(*arguments: Any, dtype: torch.dtype | None = None, **named: Any) -> Tensor:
+        return softmax(*arguments, dtype=_doubled(dtype), **named)
+
+    with (
+        mock.patch.object(Tensor, "float", Tensor.double),
+        mock.patch.object(Tensor, "to", to),
+        mock.patch.object(F, "softmax", doubled_softmax),
+    ):
+        yield
 
 
 def _doubled(value: Any) -> Any:
@@ -105,9 +113,7 @@ def plain_gradient(module: nn.Module, loss_fn: LossFunction, batch: Any) -> Grad
 
 def loop_gradients(module: nn.Module, loss_fn: LossFunction, batch: Any) -> Gradients:
     """By parameter name ``[B, *shape]``: each example in a batch of its own."""
-    alone = [
-        plain_gradient(module, loss_fn, rows_of(batch, [i])) for i in range(size_of(batch))
-    ]
+    alone = [plain_gradient(module, loss_fn, rows_of(batch, [i])) for i in range(size_of(batch))]
     return {name: torch.stack([one[name] for one in alone]) for name in alone[0]}
 
 
@@ -186,7 +192,7 @@ def assert_sums(
 ) -> None:
     """The clipped sum equals that of the loop's gradients, and so do the norms."""
     own = expected if units is None else by_unit(expected, units)
-    clip_norm = CLIP_NORM * float(norms_of(own).median())
+    clip_norm = CLIP_NORM * float(norms_of(own).median()) or 1.0
     total, norms = clipped_gradient_sum(module, loss_fn, batch, clip_norm, units)
     torch.testing.assert_close(norms.double(), norms_of(own), rtol=tolerance, atol=0.0)
     assert difference(total, clipped_by_hand(own, clip_norm)) <= tolerance * clip_norm * len(norms)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_privacy.clipping import clipped_gradient_sum, per_example_gradients
 from lightning_privacy.clipping.capture import Capture, RowTensor, TaggedParameter
@@ -147,7 +148,11 @@ QUESTIONS: dict[str, Callable[[Tensor], Any]] = {
     "graph": lambda p: (p.requires_grad, p.grad, p.grad_fn, p.is_leaf),
     "text": lambda p: (len(repr(p)) > 5, f"{p.detach().sum():.2f}"),
     "values": lambda p: (float(p.detach()[0]), p.detach().tolist(), p.detach().numpy().shape),
-    "truth": lambda p: (bool((p == p).all()), bool(torch.isfinite(p).all()), p[0].item() == p[0].item()),
+    "truth": lambda p: (
+        bool((p == p).all()),
+        bool(torch.isfinite(p).all()),
+        p[0].item() == p[0].item(),
+    ),
     "equality": lambda p: (torch.equal(p, p), torch.allclose(p, p)),
     "like": lambda p: (torch.zeros_like(p).shape, p.new_zeros(2).dtype, torch.empty_like(p).shape),
     "data": lambda p: p.data.shape,
@@ -182,7 +187,9 @@ def test_questions_get_the_ordinary_answer(question: str, expression: bool) -> N
 
 
 def test_conversion_by_type_is_not_a_question() -> None:
-    model = Sketch(lambda m, x: x * m.p.type(x.dtype).to(x.device) + m.p.type_as(x) * m.p.to(x), p=(3,))
+    model = Sketch(
+        lambda m, x: x * m.p.type(x.dtype).to(x.device) + m.p.type_as(x) * m.p.to(x), p=(3,)
+    )
     assert_exact(model, squares, numbers(B, 3))
 
 
@@ -213,14 +220,19 @@ def test_a_custom_function_on_a_parameter_raises_and_names_it() -> None:
 
 
 def test_a_custom_function_on_an_expression_raises_and_names_its_parameters() -> None:
-    model = Sketch(lambda m, x: _Product.apply(x, (m.left * m.right).t()), left=(2, 3), right=(2, 3))
+    model = Sketch(
+        lambda m, x: _Product.apply(x, (m.left * m.right).t()), left=(2, 3), right=(2, 3)
+    )
     with pytest.raises(GuaranteeError, match="expression of left, right"):
         per_example_gradients(model, squares, numbers(B, 3))
     assert_untouched(model)
 
 
 def test_a_custom_function_on_activations_alone_is_exact() -> None:
-    model = Sketch(lambda m, x: _Product.apply(m.layer(x), torch.ones(2, 2, dtype=x.dtype)), layer=nn.Linear(3, 2))
+    model = Sketch(
+        lambda m, x: _Product.apply(m.layer(x), torch.ones(2, 2, dtype=x.dtype)),
+        layer=nn.Linear(3, 2),
+    )
     assert_exact(model, squares, numbers(B, 3))
 
 
@@ -241,7 +253,9 @@ def test_an_inner_gradient_of_the_input_is_refused() -> None:
         return m.layer(x) + penalty.square().sum(1, keepdim=True)
 
     model = Sketch(forward, layer=nn.Linear(3, 2))
-    with pytest.raises(UnsupportedOperationError, match=r"backward inside the forward reached layer"):
+    with pytest.raises(
+        UnsupportedOperationError, match=r"backward inside the forward reached layer"
+    ):
         per_example_gradients(model, squares, numbers(B, 3))
     assert_untouched(model)
 
@@ -312,3 +326,15 @@ def test_frozen_parameters_are_never_tagged() -> None:
     model[0].register_forward_hook(lambda m, *_: seen.append(type(m.weight)))
     assert_exact(model, squares, numbers(B, 3))
     assert set(seen) == {nn.Parameter}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_penalty_beside_checkpointed_blocks(reentrant: bool) -> None:
+    # The loss is an expression of parameters then, and its backward must not switch the tags off.
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def loss(m: nn.Module, x: Tensor) -> Tensor:
+        hidden = checkpoint(m, x.clone().requires_grad_(), use_reentrant=reentrant)
+        return hidden.square().mean() + 0.1 * sum(p.square().sum() for p in m.parameters())
+
+    assert_exact(model, loss, numbers(B, 3))

@@ -108,8 +108,18 @@ def batch_mean_removed(m: Any, rows: list[int]) -> Tensor:
 
 
 COUPLED: dict[str, tuple[Callable[[], nn.Module], Loss, str, str]] = {
-    "token mean": (lambda: nn.Linear(4, 3), token_mean, "all gradients are scaled by", "mean over all tokens"),
-    "padded length": (lambda: nn.Linear(4, 3), padded_length, "scaled by", "each example's own loss"),
+    "token mean": (
+        lambda: nn.Linear(4, 3),
+        token_mean,
+        "all gradients are scaled by",
+        "mean over all tokens",
+    ),
+    "padded length": (
+        lambda: nn.Linear(4, 3),
+        padded_length,
+        "scaled by",
+        "each example's own loss",
+    ),
     "sum declared mean": (lambda: nn.Linear(6, 3), summed, "scaled by 4", "declare loss_reduction"),
     "contrastive": (lambda: nn.Linear(6, 3), contrastive, "differs", "one example at a time"),
     "neighbours": (lambda: nn.Linear(6, 3), neighbours, "differs", "one example at a time"),
@@ -156,7 +166,9 @@ NORMALISED: dict[str, Callable[[], nn.Module]] = {
     "affine": lambda: nn.BatchNorm2d(4),
     "without affine": lambda: nn.BatchNorm2d(4, affine=False),
     "frozen affine": lambda: nn.BatchNorm2d(4).requires_grad_(False),
-    "without running statistics": lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+    "without running statistics": lambda: nn.BatchNorm2d(
+        4, affine=False, track_running_stats=False
+    ),
 }
 
 
@@ -273,7 +285,9 @@ def test_a_penalty_beside_a_mean_passes() -> None:
 
 
 def test_a_recurrent_layer_passes() -> None:
-    model = Sketch(lambda m, x: m.layer(x)[0], layer=nn.LSTM(4, 3, 2, dropout=0.3, batch_first=True))
+    model = Sketch(
+        lambda m, x: m.layer(x)[0], layer=nn.LSTM(4, 3, 2, dropout=0.3, batch_first=True)
+    )
     report = checked(model, by_example)
     assert report.worst < 1e-4
 
@@ -368,7 +382,9 @@ def test_restored_when_the_forward_fails(kind: type[BaseException]) -> None:
 
 
 # ---------------------------------------------------------------------- completeness
-def test_a_gradient_that_is_captured_only_in_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_captured_only_in_part_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # Wrong in the batch and equally wrong alone: only the sum shows it.
     original = Capture._add_dense
 

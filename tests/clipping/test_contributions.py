@@ -110,7 +110,9 @@ def test_what_is_not_finite_shows_in_the_norm_and_is_excluded_by_selection(
     name: str, value: float
 ) -> None:
     item = FORMS[name]()
-    for tensor in (getattr(item, field) for field in ("gradients", "right", "values") if hasattr(item, field)):
+    for tensor in (
+        getattr(item, field) for field in ("gradients", "right", "values") if hasattr(item, field)
+    ):
         tensor[1, 0] = value
     finite = torch.isfinite(item.squared_norm())
     assert finite.tolist() == [True, False, True]
@@ -131,12 +133,13 @@ def test_norms_and_sums_are_float32_or_better(name: str, dtype: torch.dtype) -> 
     assert accumulation_dtype(dtype) == torch.float32
     assert item.squared_norm().dtype == torch.float32
     assert item.weighted_sum(torch.ones(U), SHAPE).dtype == torch.float32
-    exact = type(item)(
-        **{f: v if v.dtype == torch.long else v.double() for f, v in fields.items()}
-    )
+    exact = type(item)(**{f: v if v.dtype == torch.long else v.double() for f, v in fields.items()})
     ones = torch.ones(U, dtype=torch.float64)
     torch.testing.assert_close(
-        item.weighted_sum(ones.float(), SHAPE).double(), exact.weighted_sum(ones, SHAPE), rtol=1e-5, atol=1e-4
+        item.weighted_sum(ones.float(), SHAPE).double(),
+        exact.weighted_sum(ones, SHAPE),
+        rtol=1e-5,
+        atol=1e-4,
     )
     ratio = item.squared_norm().double() / exact.squared_norm()
     assert (ratio >= 1 - 1e-6).all()

@@ -56,7 +56,9 @@ def test_both_reductions(reduction: str) -> None:
         return each.mean() if reduction == "mean" else each.sum()
 
     expected = loop_gradients(model, loss, batch)
-    assert_close(per_example_gradients(model, loss, batch, loss_reduction=reduction), expected, 1e-9)
+    assert_close(
+        per_example_gradients(model, loss, batch, loss_reduction=reduction), expected, 1e-9
+    )
     total, norms = clipped_gradient_sum(model, loss, batch, 1.0, loss_reduction=reduction)
     torch.testing.assert_close(norms, norms_of(expected), rtol=1e-9, atol=0)
     assert difference(total, clipped_by_hand(expected, 1.0)) < 1e-9
@@ -66,7 +68,9 @@ def test_the_mean_of_the_rows_is_autograd_s_gradient() -> None:
     model = network().double()
     batch = numbers(B, 6).double()
     found = per_example_gradients(model, squares, batch)
-    assert_close({n: g.mean(0) for n, g in found.items()}, plain_gradient(model, squares, batch), 1e-9)
+    assert_close(
+        {n: g.mean(0) for n, g in found.items()}, plain_gradient(model, squares, batch), 1e-9
+    )
 
 
 def test_parameters_that_the_loss_does_not_use_have_zeros() -> None:
@@ -101,9 +105,12 @@ def test_units_of_several_rows(units: Any) -> None:
 @pytest.mark.parametrize("container", ["tuple", "list", "dict", "nested"])
 def test_containers_of_tensors(container: str) -> None:
     x, y = numbers(B, 6), numbers(B, 2, seed=2)
-    batch: Any = {"tuple": (x, y), "list": [x, y], "dict": {"x": x, "y": y}, "nested": ({"x": x}, [y])}[
-        container
-    ]
+    batch: Any = {
+        "tuple": (x, y),
+        "list": [x, y],
+        "dict": {"x": x, "y": y},
+        "nested": ({"x": x}, [y]),
+    }[container]
 
     def loss(module: nn.Module, batch: Any) -> Tensor:
         if container == "nested":
@@ -189,7 +196,9 @@ def test_batches_whose_rows_cannot_be_counted(batch: str) -> None:
     assert_untouched(model)
 
 
-@pytest.mark.parametrize("units", [[0, 1], [1, 1, 1, 1, 1], [0, 0, 2, 2, 2], [[0]] * 5, [0, 0, 0, 0, -1]])
+@pytest.mark.parametrize(
+    "units", [[0, 1], [1, 1, 1, 1, 1], [0, 0, 2, 2, 2], [[0]] * 5, [0, 0, 0, 0, -1]]
+)
 def test_units_that_are_not_numbered_from_zero(units: Any) -> None:
     with pytest.raises(ConfigurationError, match="numbered from 0 without gaps"):
         clipped_gradient_sum(network(), squares, numbers(B, 6), 1.0, units)

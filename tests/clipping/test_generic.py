@@ -40,7 +40,10 @@ SKETCHES: dict[str, tuple[Forward, dict[str, Any]]] = {
     ),
     "tensordot": (lambda m, x: torch.tensordot(x, m.w, 1), {"w": (6, 3)}),
     "class token": (lambda m, x: torch.cat((m.c.expand(len(x), -1, -1), x), 1), {"c": (1, 1, 6)}),
-    "class token by repeat": (lambda m, x: torch.cat((m.c.repeat(len(x), 1, 1), x), 1), {"c": (1, 6)}),
+    "class token by repeat": (
+        lambda m, x: torch.cat((m.c.repeat(len(x), 1, 1), x), 1),
+        {"c": (1, 6)},
+    ),
     "class token as another": (
         lambda m, x: torch.cat((m.c.expand_as(x[:, :1]), x), 1),
         {"c": (1, 1, 6)},
@@ -85,7 +88,10 @@ SKETCHES: dict[str, tuple[Forward, dict[str, Any]]] = {
     "normalisation of a weight": (lambda m, x: F.linear(x, F.normalize(m.w, dim=1)), {"w": (3, 6)}),
     "cosine similarity": (lambda m, x: F.cosine_similarity(x, m.p, dim=-1), {"p": (6,)}),
     "distances": (lambda m, x: torch.cdist(x, m.p), {"p": (5, 6)}),
-    "loss with a target": (lambda m, x: F.mse_loss(x, m.p.expand_as(x), reduction="none"), {"p": (6,)}),
+    "loss with a target": (
+        lambda m, x: F.mse_loss(x, m.p.expand_as(x), reduction="none"),
+        {"p": (6,)},
+    ),
     "scatter": (
         lambda m, x: x.index_add(1, torch.tensor([0, 1]), m.p.expand(len(x), 2, -1)),
         {"p": (6,)},
@@ -153,7 +159,9 @@ def test_a_parameter_used_by_two_modules() -> None:
 
 
 def test_ids_of_each_row_select_from_a_parameter() -> None:
-    model = Sketch(lambda m, ids: m.table[ids] * m.scale[ids, 0, None], table=(11, 6), scale=(11, 2))
+    model = Sketch(
+        lambda m, ids: m.table[ids] * m.scale[ids, 0, None], table=(11, 6), scale=(11, 2)
+    )
     assert_exact(model, squares, tokens(B, 5))
 
 
@@ -179,7 +187,10 @@ def test_a_penalty_on_expressions() -> None:
 # ---------------------------------------------------------------------- refusals
 REFUSALS: dict[str, tuple[Forward, str]] = {
     "an expression in place": (lambda m, x: x * (m.w + 1).mul_(2.0)[0], "in place"),
-    "written into an expression": (lambda m, x: x * _written(m.w[None] + 0, m.w[0])[0, 0], "in place"),
+    "written into an expression": (
+        lambda m, x: x * _written(m.w[None] + 0, m.w[0])[0, 0],
+        "in place",
+    ),
     "a shape that depends on values": (lambda m, x: x * m.w[m.w > 0].sum(), "vmap"),
 }
 

@@ -75,11 +75,17 @@ CHANGES: dict[str, tuple[Callable[[Stateful], object], str]] = {
     "added": (lambda m: m.register_buffer("later", torch.zeros(1)), "later"),
     "resized": (lambda m: _reassign(m, "low", torch.ones(6, dtype=torch.bfloat16)), "low"),
     "a parameter in place": (lambda m: _without_gradient(m.layer.weight.mul_, 2), "layer.weight"),
-    "a parameter's data replaced": (lambda m: setattr(m.layer.bias, "data", torch.ones(2)), "layer.bias"),
+    "a parameter's data replaced": (
+        lambda m: setattr(m.layer.bias, "data", torch.ones(2)),
+        "layer.bias",
+    ),
 }
 THROUGH_DATA: dict[str, tuple[Callable[[Stateful], object], str]] = {
     "a parameter": (lambda m: m.layer.weight.data.mul_(1.001), "layer.weight"),
-    "two entries exchanged": (lambda m: m.layer.bias.data.copy_(m.layer.bias.data.flip(0)), "layer.bias"),
+    "two entries exchanged": (
+        lambda m: m.layer.bias.data.copy_(m.layer.bias.data.flip(0)),
+        "layer.bias",
+    ),
     "a buffer that holds NaN": (lambda m: m.inner.average.data[0].add_(1), "inner.average"),
     "an integer": (lambda m: m.count.data.add_(1), "count"),
     "a flag": (lambda m: m.flag.data.logical_not_(), "flag"),

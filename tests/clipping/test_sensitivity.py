@@ -130,9 +130,7 @@ def neighbours(
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
-def test_one_row_moves_the_sum_by_at_most_the_clip_norm(
-    case: str, kind: str, content: str
-) -> None:
+def test_one_row_moves_the_sum_by_at_most_the_clip_norm(case: str, kind: str, content: str) -> None:
     whole, filled, removed = neighbours(case, content, kind)
     assert all(torch.isfinite(g).all() for g in whole.values())
     assert difference(whole, filled) <= CLIP_NORM * (1 + 1e-4)

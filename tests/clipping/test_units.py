@@ -200,7 +200,11 @@ def test_a_unit_of_several_rows_is_bounded_as_a_whole(content: str) -> None:
     }
     rest = summed(kept, Units.segments(index[3:] - 1, 1.0))
     assert difference(whole.gradients, rest.gradients) <= CLIP_NORM * (1 + 1e-4)
-    assert whole.nonfinite.tolist() == [content in ("infinite", "not a number", "beyond float32 squares"), False, False]
+    assert whole.nonfinite.tolist() == [
+        content in ("infinite", "not a number", "beyond float32 squares"),
+        False,
+        False,
+    ]
 
 
 def test_thirds_are_exact_in_float64() -> None:

@@ -178,9 +178,21 @@ def test_nothing_is_current_before_the_first_item():
 
 def test_two_passes_at_once_are_refused():
     loader = private()
-    first, _ = iter(loader), iter(loader)
+    first, second = iter(loader), iter(loader)
+    next(first)
+    next(second)
     with pytest.raises(GuaranteeError, match="one pass at a time"):
         next(first)
+
+
+def test_asking_for_a_pass_and_not_beginning_it_does_no_harm():
+    # Trainers check in this way whether a loader can be iterated.
+    loader = private()
+    running = iter(loader)
+    next(running)
+    iter(loader)
+    next(running)
+    assert loader.cursor_of_current == 1
 
 
 def test_a_pass_ends_after_its_steps():

@@ -64,6 +64,7 @@ def test_an_error_in_user_code_untags_the_parameters_at_once(error: type[BaseExc
     parameters = dict(module.named_parameters())
     run.step = PrivateStep(parameters=parameters, plan=plan, noise=GaussianNoise(fresh_secret()))
     run.loader = SimpleNamespace(  # type: ignore[assignment]
+        cursor_of_current=0,
         current=(MicroBatch(indices=(0,), weights=(1.0,)),)
     )
     run._covered = frozenset(map(id, parameters.values()))
@@ -80,7 +81,7 @@ def test_an_error_in_user_code_untags_the_parameters_at_once(error: type[BaseExc
 def test_manual_optimization_refuses_a_part_of_a_draw() -> None:
     run = run_of(nn.Linear(1, 1), automatic=False)
     parts = tuple(MicroBatch(indices=(i,), weights=(1.0,)) for i in range(3))
-    run.loader = SimpleNamespace(current=parts)  # type: ignore[assignment]
+    run.loader = SimpleNamespace(current=parts, cursor_of_current=0)  # type: ignore[assignment]
     run.step = SimpleNamespace(pending=False, discard=lambda: None, abort=lambda: None)  # type: ignore[assignment]
     run._covered = frozenset(map(id, run.module.parameters()))
     with pytest.raises(GuaranteeError, match="a draw of 3 micro-batches"):

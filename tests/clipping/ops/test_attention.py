@@ -15,9 +15,7 @@ B = 3
 LENGTHS = [2, B]
 
 
-def attention_of(
-    layer: nn.MultiheadAttention, batch: dict[str, Tensor], **options: Any
-) -> Tensor:
+def attention_of(layer: nn.MultiheadAttention, batch: dict[str, Tensor], **options: Any) -> Tensor:
     """Attend from ``batch["x"]`` to ``batch["memory"]``, both ``[B, T, E]``."""
     query = batch["x"]
     memory = batch.get("memory", query)
@@ -25,7 +23,9 @@ def attention_of(
         query, memory = query.transpose(0, 1), memory.transpose(0, 1)
     output, weights = layer(query, memory, memory, **options)
     output = output if layer.batch_first else output.transpose(0, 1)
-    return output if weights is None else output + weights.flatten(1).square().mean(1)[:, None, None]
+    return (
+        output if weights is None else output + weights.flatten(1).square().mean(1)[:, None, None]
+    )
 
 
 def check(layer: nn.MultiheadAttention, batch: dict[str, Tensor], **options: Any) -> None:
@@ -88,9 +88,7 @@ def test_attention_masks(mask: str, bias_kv: bool, need_weights: bool) -> None:
 def test_padding_of_each_row(bias_kv: bool, batch_first: bool) -> None:
     layer = nn.MultiheadAttention(8, 2, batch_first=batch_first, add_bias_kv=bias_kv)
     padded = torch.arange(5)[None] >= torch.tensor([5, 2, 3])[:, None]
-    model = Sketch(
-        lambda m, b: attention_of(m.layer, b, key_padding_mask=b["padded"]), layer=layer
-    )
+    model = Sketch(lambda m, b: attention_of(m.layer, b, key_padding_mask=b["padded"]), layer=layer)
     assert_exact(model, squares, {"x": numbers(B, 5, 8), "padded": padded})
 
 
@@ -146,9 +144,7 @@ def test_a_trainable_bias_on_the_scores(length: int) -> None:
 def test_grouped_queries() -> None:
     def forward(m: Sketch, x: Tensor) -> Tensor:
         query = m.query(x).unflatten(2, (4, 2)).transpose(1, 2)
-        key, value = (
-            part(x).unflatten(2, (2, 2)).transpose(1, 2) for part in (m.key, m.value)
-        )
+        key, value = (part(x).unflatten(2, (2, 2)).transpose(1, 2) for part in (m.key, m.value))
         output = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
         return output.transpose(1, 2).flatten(2)
 

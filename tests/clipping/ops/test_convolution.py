@@ -115,7 +115,9 @@ def test_a_small_residual_network() -> None:
 
     model = Sketch(
         forward,
-        stem=nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.GroupNorm(2, 8), nn.ReLU()),
+        stem=nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.GroupNorm(2, 8), nn.ReLU()
+        ),
         block=nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(4, 8)),
         down=nn.Conv2d(8, 12, 1, stride=2),
         deep=nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.GroupNorm(4, 12)),

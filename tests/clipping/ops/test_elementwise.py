@@ -69,7 +69,5 @@ def test_a_parameter_with_as_many_dimensions_as_the_batch() -> None:
 
 
 def test_two_parameters_meet_before_the_batch_does() -> None:
-    model = Sketch(
-        lambda m, x: x * (m.a * m.b + m.a) + m.a.outer(m.b).sum(0), a=(6,), b=(6,)
-    )
+    model = Sketch(lambda m, x: x * (m.a * m.b + m.a) + m.a.outer(m.b).sum(0), a=(6,), b=(6,))
     assert_exact(model, squares, numbers(B, 6))

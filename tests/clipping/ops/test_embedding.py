@@ -94,7 +94,9 @@ def test_embedding_bag(mode: str) -> None:
 
 def test_a_low_rank_update_of_a_table() -> None:
     model = Sketch(
-        lambda m, ids: F.embedding(ids, m.table + m.left @ m.right) + F.embedding(ids, m.left) @ m.right,
+        lambda m, ids: (
+            F.embedding(ids, m.table + m.left @ m.right) + F.embedding(ids, m.left) @ m.right
+        ),
         table=(11, 6),
         left=(11, 2),
         right=(2, 6),

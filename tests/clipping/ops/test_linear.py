@@ -54,7 +54,9 @@ def test_rows_flattened_into_the_first_dimension(length: int) -> None:
 
 def test_the_same_layer_twice_with_different_ranks() -> None:
     model = Sketch(
-        lambda m, x: m.layer(x).mean(1) + m.layer(x.mean(1)) + m.layer(x.flatten(0, 1)).view_as(x)[:, 0],
+        lambda m, x: (
+            m.layer(x).mean(1) + m.layer(x.mean(1)) + m.layer(x.flatten(0, 1)).view_as(x)[:, 0]
+        ),
         layer=nn.Linear(6, 6),
     )
     assert_exact(model, squares, numbers(B, 3, 6))
@@ -83,9 +85,7 @@ def test_a_layer_applied_to_a_table_of_parameters(length: int) -> None:
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_a_layer_applied_to_rows_and_to_a_constant(size: int) -> None:
     bank = numbers(size, 6, seed=5)
-    model = Sketch(
-        lambda m, x: m.layer(x) @ m.layer(bank.to(x.dtype)).t(), layer=nn.Linear(6, 6)
-    )
+    model = Sketch(lambda m, x: m.layer(x) @ m.layer(bank.to(x.dtype)).t(), layer=nn.Linear(6, 6))
     assert_exact(model, squares, numbers(B, 6))
 
 

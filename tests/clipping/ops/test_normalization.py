@@ -45,8 +45,9 @@ def test_over_the_last_dimensions(name: str) -> None:
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
 def test_sequence_first_and_flattened(kind: type[nn.Module], length: int) -> None:
     model = Sketch(
-        lambda m, x: m.norm(x.transpose(0, 1)).transpose(0, 1)
-        + m.norm(x.flatten(0, 1)).view_as(x).tanh(),
+        lambda m, x: (
+            m.norm(x.transpose(0, 1)).transpose(0, 1) + m.norm(x.flatten(0, 1)).view_as(x).tanh()
+        ),
         norm=kind(6),
     )
     assert_exact(model, squares, numbers(B, length, 6))
