@@ -14,7 +14,7 @@ from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privac
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = LIGHTNING_NOISE
+pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_NOISE]
 
 
 class StepsTwice(Regression):

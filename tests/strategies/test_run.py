@@ -64,8 +64,7 @@ def test_an_error_in_user_code_untags_the_parameters_at_once(error: type[BaseExc
     parameters = dict(module.named_parameters())
     run.step = PrivateStep(parameters=parameters, plan=plan, noise=GaussianNoise(fresh_secret()))
     run.loader = SimpleNamespace(  # type: ignore[assignment]
-        cursor_of_current=0,
-        current=(MicroBatch(indices=(0,), weights=(1.0,)),)
+        cursor_of_current=0, current=(MicroBatch(indices=(0,), weights=(1.0,)),)
     )
     run._covered = frozenset(map(id, parameters.values()))
 
