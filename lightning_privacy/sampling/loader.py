@@ -161,7 +161,7 @@ class PrivateLoader:
 
     def _running(self) -> _Epoch:
         epoch = None if self._epoch is None else self._epoch()
-        if epoch is None or not epoch.micro:
+        if epoch is None:
             raise GuaranteeError(
                 must="a draw must have been handed out",
                 found="a PrivateLoader of which no pass has handed out an item, or none is left",
