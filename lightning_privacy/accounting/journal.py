@@ -50,7 +50,6 @@ class Journal:
         )
         self._segments: list[GaussianRelease] = []
         self._open: int | None = None
-        self._last: GaussianRelease | None = None
         self._complete_bytes = self._known_bytes = 0
         self._read()
 

@@ -71,11 +71,11 @@ class RowTensor(Tensor):
     """
 
     rows: Tensor
-    names: tuple[str, ...]
+    sources: tuple[str, ...]
 
     @staticmethod
-    def __new__(cls, rows: Tensor, names: tuple[str, ...]) -> RowTensor:  # noqa: PYI034
-        """Wrap ``rows [B, *shape]``; ``names`` are those of the parameters it comes from."""
+    def __new__(cls, rows: Tensor, sources: tuple[str, ...]) -> RowTensor:  # noqa: PYI034
+        """Wrap ``rows [B, *shape]``; ``sources`` names the parameters it comes from."""
         self: RowTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             rows.shape[1:],
@@ -83,7 +83,7 @@ class RowTensor(Tensor):
             device=rows.device,
             requires_grad=rows.requires_grad,
         )
-        self.rows, self.names = rows, names
+        self.rows, self.sources = rows, sources
         if rows.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 self.register_post_accumulate_grad_hook(_refuse_shared_gradient)  # type: ignore[no-untyped-call]
@@ -358,10 +358,11 @@ def _is_query(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def _refuse_shared_gradient(tensor: Tensor) -> None:
     """A gradient of all rows together arrived at what only looks shared: it would be lost."""
+    names = ", ".join(getattr(tensor, "sources", ()))
     raise GuaranteeError(
         must="operations on expressions of trainable parameters pass the capture",
-        found=f"a gradient for an expression of {', '.join(getattr(tensor, 'names', ()))} that is "
-        "not kept apart by example: a custom autograd.Function or reentrant checkpointing took it",
+        found=f"a gradient for an expression of {names} that is not kept apart by example: a custom "
+        "autograd.Function or reentrant checkpointing took it",
         cost="these parameters would silently miss that part of their gradient",
         remedy="call the operation in plain PyTorch, use use_reentrant=False, or freeze the "
         "parameters",

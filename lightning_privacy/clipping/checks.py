@@ -23,6 +23,7 @@ from lightning_privacy.clipping.contributions import (
     Dense,
     Lookup,
     Outer,
+    full_precision,
     instantiated,
 )
 from lightning_privacy.clipping.probe import learn_layouts
@@ -94,7 +95,7 @@ def check_independence(
     """
     scale = float(len(rows)) if loss_reduction == "mean" else 1.0
     base = _LOW_PRECISION_TOLERANCE if low_precision else _base_tolerance(parameters)
-    with preserved_state(module), without_randomness(), torch.enable_grad():
+    with preserved_state(module), without_randomness(), full_precision(), torch.enable_grad():
         together = _captured(parameters, loss_of, rows, layouts)
         if together is None:
             return IndependenceReport(worst=0.0, parameter="", tolerance=base, rows=0)

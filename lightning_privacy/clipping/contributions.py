@@ -38,12 +38,14 @@ _MARGIN = {
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Context in which products of float32 matrices are float32.
+    """Context in which products and convolutions of float32 are float32.
 
     With `torch.set_float32_matmul_precision`, "high" or "medium", their factors are rounded to 11
     or 8 bits: a norm by Gram products could then be far below the norm of what is added.
     """
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    found: Any = torch.backends
+    cudnn = (found.cudnn.conv, found.cudnn.rnn)
+    backends = (found.cuda.matmul, found.mkldnn.matmul, *cudnn)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -252,8 +254,7 @@ def _block(tensor: Tensor, rows: slice, columns: slice) -> Tensor:
 
 def _scaled(tensor: Tensor, scale: Tensor) -> Tensor:
     """In float32 or better; on a GPU in the tensor's own type, in which its products are fast."""
-    scaled = tensor * scale
-    return scaled.to(tensor.dtype) if tensor.is_cuda else scaled
+    return tensor * (scale.to(tensor.dtype) if tensor.is_cuda else scale)
 
 
 def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class _Call:
         found: list[str] = []
         for leaf in self.leaves:
             slot = self.capture.slot(leaf)
-            found.extend((slot.name,) if slot is not None else getattr(leaf, "names", None) or ())
+            found.extend((slot.name,) if slot is not None else getattr(leaf, "sources", ()))
         return tuple(dict.fromkeys(found)) if any(map(self.holds_rows, self.leaves)) else ()
 
     @property
