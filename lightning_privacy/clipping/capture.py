@@ -361,8 +361,8 @@ def _refuse_shared_gradient(tensor: Tensor) -> None:
     names = ", ".join(getattr(tensor, "sources", ()))
     raise GuaranteeError(
         must="operations on expressions of trainable parameters pass the capture",
-        found=f"a gradient for an expression of {names} that is not kept apart by example: a custom "
-        "autograd.Function or reentrant checkpointing took it",
+        found=f"a gradient for an expression of {names} that is not kept apart by example: a "
+        "custom autograd.Function or reentrant checkpointing took it",
         cost="these parameters would silently miss that part of their gradient",
         remedy="call the operation in plain PyTorch, use use_reentrant=False, or freeze the "
         "parameters",

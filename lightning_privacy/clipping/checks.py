@@ -107,6 +107,8 @@ def check_independence(
         for i, index in enumerate(rows):
             own = _row(together, i, parameters, scale)
             alone = _alone(parameters, loss_of, index)
+            if not _finite(alone):
+                continue  # such a row contributes zero to any sum
             if i == 0:
                 _require_no_memory(first, alone, tolerance)
             found, name = _difference(own, alone)
@@ -114,7 +116,8 @@ def check_independence(
                 raise _dependence(module, name, found, tolerance, own, alone)
             if found >= worst:
                 worst, where = found, name
-        _require_complete(parameters, loss_of, rows, together, tolerance)
+        if all(_finite(_row(together, i, parameters)) for i in range(len(rows))):
+            _require_complete(parameters, loss_of, rows, together, tolerance)
     return IndependenceReport(worst=worst, parameter=where, tolerance=tolerance, rows=len(rows))
 
 
@@ -131,6 +134,8 @@ def _noise_of_place(
     for i in range(rows):
         own = _row(together, i, parameters)
         moved = _row(turned, (i or rows) - 1, parameters)
+        if not _finite(own) and not _finite(moved):
+            continue
         found, name = _difference(own, moved)
         if not found <= base:
             # More than rounding: the gradient depends on where in the batch a row stands.
@@ -233,6 +238,10 @@ def _difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tu
         if found > worst:
             worst, where = found, name
     return worst, where
+
+
+def _finite(gradients: Mapping[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
