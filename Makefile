@@ -12,7 +12,7 @@ WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint docs benchmark clean
+.PHONY: help quickstart test slow lint docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -20,8 +20,11 @@ help:  ## show this list
 quickstart: $(READY)  ## the main job: private training of a small language model, no network needed
 	$(BIN)/lightning-privacy fit --config recipes/quickstart.yaml
 
-test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+test: $(READY)  ## the test suite, but for what takes long
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+slow: $(READY)  ## what takes long: crash tests, whole recipes, many random modules
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 lint: $(READY)  ## style, formatting, types, import contracts
 	$(BIN)/ruff check .
