@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lightning_privacy.errors import GuaranteeError
@@ -54,7 +55,10 @@ class MicroBatch:
 def micro_batches(
     draw: np.ndarray | Sequence[int], physical_batch_size: int | None
 ) -> tuple[MicroBatch, ...]:
-    """Cuts a draw into micro-batches: every row once, in order, none left over.
+    """Cuts a draw into as few micro-batches as will do, of as equal a size as can be.
+
+    Every row is in one of them, in the order of the draw. Equal sizes keep a GPU busier than full
+    ones with a small rest.
 
     An empty draw gives one row of weight 0, so that a model always sees a valid batch and a
     private step always runs: skipping it would show that nobody was drawn.
@@ -72,7 +76,7 @@ def micro_batches(
     rows = [int(row) for row in draw]
     if not rows:
         return (MicroBatch(indices=(0,), weights=(0.0,)),)
-    size = len(rows)
+    count = 1
     if physical_batch_size is not None:
         size = whole_number(
             "physical_batch_size",
@@ -81,10 +85,9 @@ def micro_batches(
             cost="rows that were drawn and accounted for, and never used",
             remedy="pass the number of rows that fit into memory at once",
         )
+        count = -(-len(rows) // size)
+    bounds = [len(rows) * part // count for part in range(count + 1)]
     return tuple(
-        MicroBatch(
-            indices=tuple(rows[start : start + size]),
-            weights=(1.0,) * len(rows[start : start + size]),
-        )
-        for start in range(0, len(rows), size)
+        MicroBatch(indices=tuple(rows[start:end]), weights=(1.0,) * (end - start))
+        for start, end in pairwise(bounds)
     )
