@@ -91,7 +91,8 @@ class RowChecks:
             probe = LossProbe(self._trainer, loader, self._run, arguments)
             pair = probe.rows(2)
             probe.require_rows_apart(pair)
-            self._compare_pair(probe, pair, Draws(self._repeated % len(Draws)))
+            draws = Draws(self._repeated % len(Draws))
+            self._compare_pair(probe, pair, draws, self._repeated % 2)
 
     def _compare(self, probe: LossProbe, rows: Sequence[int]) -> None:
         probe.require_rows_apart(rows)
@@ -104,9 +105,11 @@ class RowChecks:
             loss_reduction=self._settings.loss_reduction,
         )
         for draws in Draws:
-            self._compare_pair(probe, rows[:2], draws)
+            self._compare_pair(probe, rows[:2], draws, draws % 2)
 
-    def _compare_pair(self, probe: LossProbe, pair: Sequence[int], draws: Draws) -> None:
+    def _compare_pair(
+        self, probe: LossProbe, pair: Sequence[int], draws: Draws, place: int
+    ) -> None:
         normalised = self._settings.clipping == "automatic"
         share = _NEGLIGIBLE_IF_NORMALISED if normalised else _NEGLIGIBLE
         check = PairCheck(
@@ -121,13 +124,13 @@ class RowChecks:
         mixed = str(self._trainer.precision).endswith("-mixed")
         probe.full_precision = mixed
         try:
-            check.run(pair, draws)
+            check.run(pair, draws, place)
         except PrivacyError:
             raise
         except Exception:
             # Some models cannot do without autocast, and some code not with improbable draws.
             probe.full_precision = False
             if mixed:
-                check.run(pair, draws)
+                check.run(pair, draws, place)
             elif draws is Draws.MIDDLE:
                 raise

@@ -15,7 +15,8 @@ import torch
 
 import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
 from lightning_privacy.clipping.contributions import full_precision
-from lightning_privacy.clipping.probe import learn_layouts
+from lightning_privacy.clipping.leaves import require_covered
+from lightning_privacy.clipping.probe import learn_layouts, without_reentrant_checkpointing
 from lightning_privacy.clipping.randomness import preserved_state, steady, without_randomness
 from lightning_privacy.clipping.refusals import dependence, incomplete, memory, needs_company
 from lightning_privacy.clipping.row_gradients import (
@@ -71,7 +72,8 @@ def check_independence(
     """Compare per-example gradients in a batch with those of each row alone.
 
     Also checks completeness, that the rows' gradients add up to autograd's own, and that the module
-    carries nothing from one batch to the next: a row alone gives the same before and after others.
+    carries nothing from one batch to the next: a row alone gives the same before and after others;
+    and that all trainable tensors that the loss depends on are ``parameters``.
     Random operations are constants meanwhile; buffers, gradients and random states are restored.
 
     Args:
@@ -87,6 +89,7 @@ def check_independence(
 
     Raises:
         GuaranteeError: some row's gradient differs by more than the tolerance; names the parameter.
+            Or a trainable tensor is not covered.
     """
     scale = float(len(rows)) if loss_reduction == "mean" else 1.0
     loss_of = steady(loss_of)
@@ -97,6 +100,10 @@ def check_independence(
         if together is None:
             return IndependenceReport(worst=0.0, parameter="", tolerance=base, rows=0)
         first = _alone(parameters, loss_of, rows[0])
+        with without_reentrant_checkpointing():
+            losses = [loss_of(rows[:1]) for _ in range(2)]
+        require_covered(module, parameters.values(), losses)
+        del losses
         turned = captured(parameters, loss_of, [*rows[1:], rows[0]], layouts) or {}
         noise = _noise_of_place(module, parameters, together, turned, len(rows), base)
         tolerance = max(base, min(_NOISE_FACTOR * noise, _MOST_NOISE * base))

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_privacy.clipping.probe import without_reentrant_checkpointing
 from lightning_privacy.clipping.refusals import outside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 def require_covered(
-    module: nn.Module, covered: Iterable[nn.Parameter], forward: Callable[[], Tensor | None]
+    module: nn.Module, covered: Iterable[nn.Parameter], losses: Sequence[Tensor | None]
 ) -> None:
     """Refuse a loss whose graph ends in a trainable tensor that is not ``covered``.
 
@@ -24,13 +23,12 @@ def require_covered(
     Args:
         module: searched for the names of what is found.
         covered: the parameters of the private step.
-        forward: computes the loss with no capture open; is called twice.
+        losses: of two forwards.
 
     Raises:
         GuaranteeError: naming the tensors, by attribute or by shape.
     """
-    with without_reentrant_checkpointing():
-        first, second = _leaves(forward()), _leaves(forward())
+    first, second = map(_leaves, losses)
     known = set(map(id, covered))
     # Both are alive here, so that the same identity is the same tensor.
     found = [tensor for key, tensor in first.items() if key in second and key not in known]

@@ -39,12 +39,21 @@ if TYPE_CHECKING:
 
     from lightning_privacy.clipping.layout import Layouts
 
-# As in the check before the first step.
-_NOISE_FACTOR = 20.0
+# Rounding beside another row may be this much more than beside a copy.
+_NOISE_FACTOR = 5.0
 # Small gradients of what is learnt already round badly; more than this is no rounding.
-_MOST_ROUNDING = 0.5
+_MOST_ROUNDING = 0.25
 # In low precision rounding shows below this many times `negligible`.
 _LOW_PRECISION = 100.0
+
+
+@dataclasses.dataclass(slots=True)
+class _Batch:
+    """What one forward and backward showed; gradients by row and parameter name."""
+
+    loss: Tensor | None = None
+    means: list[LabelMean] = dataclasses.field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +80,13 @@ class PairCheck:
     negligible: float = 0.0
     labels: LabelWatch = dataclasses.field(default_factory=LabelWatch)
 
-    def run(self, pair: Sequence[int], draws: Draws = Draws.MIDDLE) -> None:
-        """Compare two rows.
+    def run(self, pair: Sequence[int], draws: Draws = Draws.MIDDLE, place: int = 0) -> None:
+        """Compare one of two rows.
 
         Args:
             pair: two data set rows that differ in what a loss may divide by: labels, lengths.
             draws: what random operations give meanwhile.
+            place: which of the two is computed alone.
 
         Raises:
             GuaranteeError: a gradient depends on the other row or on earlier ones, a mean over
@@ -84,32 +94,29 @@ class PairCheck:
         """
         still, loss_of = without_randomness(draws), steady(self.loss_of, draws)
         with preserved_state(self.module), still, full_precision(), torch.enable_grad():
-            require_covered(self.module, self.parameters.values(), lambda: loss_of(pair[:1]))
-            means: list[LabelMean] = []
-            before = self._rows(loss_of, pair[:1], [])
-            together = self._rows(loss_of, pair, means)
-            own_means: list[LabelMean] = []
-            for place, row in enumerate(pair):
-                alone = self._rows(loss_of, [row], own_means)[0]
-                if not finite(alone):
-                    continue  # such a row contributes zero to any sum
-                if not place:
-                    self._require_same(before[0], alone, still.low_precision)
-                self._require_own(loss_of, row, together[place], alone, still.low_precision)
-            self.labels.learn(own_means, means)
+            first, together, alone = (
+                self._batch(loss_of, rows) for rows in (pair[place:][:1], pair, pair[place:][:1])
+            )
+            require_covered(self.module, self.parameters.values(), [first.loss, alone.loss])
+            own = alone.gradients[0]
+            if finite(own):  # otherwise the row contributes zero to any sum
+                self._require_same(first.gradients[0], own, still.low_precision)
+                shared = together.gradients[place]
+                self._require_own(loss_of, pair[place], shared, own, still.low_precision)
+            self.labels.learn(alone.means, together.means)
 
-    def _rows(
-        self, loss_of: LossOf, rows: Sequence[int], means: list[LabelMean]
-    ) -> list[dict[str, Tensor]]:
-        """Each row's gradients in a batch, by parameter name."""
+    def _batch(self, loss_of: LossOf, rows: Sequence[int]) -> _Batch:
+        batch = _Batch()
 
         def noted(chosen: Sequence[int]) -> Tensor | None:
-            with label_means(means, len(chosen)):
-                return loss_of(chosen)
+            with label_means(batch.means, len(chosen)):
+                batch.loss = loss_of(chosen)
+            return batch.loss
 
         found = captured(self.parameters, noted, rows, self.layouts) or {}
         scale = float(len(rows)) if self.loss_reduction == "mean" else 1.0
-        return [row_of(found, place, self.parameters, scale) for place in range(len(rows))]
+        batch.gradients = [row_of(found, n, self.parameters, scale) for n in range(len(rows))]
+        return batch
 
     def _require_same(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], low: bool
@@ -133,7 +140,7 @@ class PairCheck:
         if found <= tolerance:
             return
         # A row in company of its copy shows how much rounding alone can do.
-        copied = self._rows(loss_of, [row, row], [])[0]
+        copied = self._batch(loss_of, [row, row]).gradients[0]
         rounding = _NOISE_FACTOR * difference(copied, alone, floor)[0]
         tolerance = max(tolerance, min(rounding, _MOST_ROUNDING))
         if not found <= tolerance:

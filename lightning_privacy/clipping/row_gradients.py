@@ -15,6 +15,7 @@ from lightning_privacy.clipping.contributions import (
     Dense,
     Lookup,
     Outer,
+    accumulation_dtype,
     instantiated,
 )
 
@@ -111,7 +112,8 @@ def difference(
             found = size / max(whole * _FLOOR, size, floor) if size else 0.0
         else:
             size = max(norm([a]), norm([b]), _FLOOR * whole, floor)
-            found = norm([a.double() - b.double()]) / size if size else 0.0
+            dtype = accumulation_dtype(a.dtype)
+            found = norm([a.to(dtype) - b.to(dtype)]) / size if size else 0.0
         if found != found:
             found = float("inf")
         if found > worst:

@@ -59,7 +59,7 @@ class Repeats:
     last check.
     """
 
-    EPOCH_SPACING = 64
+    EPOCH_SPACING = 128
 
     def __init__(self) -> None:
         self._draws = self._last = 0

@@ -333,6 +333,19 @@ def test_a_memory_of_earlier_batches_is_refused() -> None:
     assert "layer." in caught.value.found
 
 
+# ---------------------------------------------------------------------- tensors outside
+def test_a_trainable_tensor_behind_reentrant_checkpointing_is_refused() -> None:
+    hidden = torch.zeros(6, 3, requires_grad=True)
+    model = Sketch(lambda m, x: m.layer(x) + x @ hidden, layer=nn.Linear(6, 3))
+
+    def loss(m: Any, rows: list[int]) -> Tensor:
+        x = X[rows].clone().requires_grad_()
+        return F.cross_entropy(checkpoint(m, x, use_reentrant=True), Y[rows])
+
+    with pytest.raises(GuaranteeError, match=r"a tensor of shape \(6, 3\)"):
+        checked(model, loss)
+
+
 # ---------------------------------------------------------------------- nothing is left behind
 @pytest.mark.parametrize("fails", [False, True])
 def test_buffers_gradients_and_random_states_are_restored(fails: bool) -> None:
