@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
-from lightning_privacy.clipping.products import full_precision
 from lightning_privacy.clipping.label_means import LabelMean, LabelWatch, label_means
 from lightning_privacy.clipping.leaves import require_covered
+from lightning_privacy.clipping.products import full_precision
 from lightning_privacy.clipping.randomness import (
     Draws,
     preserved_state,

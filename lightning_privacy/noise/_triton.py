@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 _BLOCK = 1024
 
 
-@triton.jit
+# Specialised on values, it would be compiled anew for every second key.
+@triton.jit(do_not_specialize=["size", "key", "nonce_low", "nonce_high", "scale"])
 def _add_noise(values, size, key, nonce_low, nonce_high, scale, BLOCK: tl.constexpr):
     """Add noise to two neighbouring blocks of ``values``, from one Philox call for two values."""
     block = tl.program_id(0).to(tl.int64) * BLOCK
@@ -23,24 +24,22 @@ def _add_noise(values, size, key, nonce_low, nonce_high, scale, BLOCK: tl.conste
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
     zero = low * 0
-    first, second, third, fourth = tl.philox(key, low, high, zero + nonce_low, zero + nonce_high)
-    # Box and Muller, on intervals' midpoints: never 0, so the longest radius is 6.76.
+    first, second, third, _ = tl.philox(key, low, high, zero + nonce_low, zero + nonce_high)
+    # Box and Muller. A small uniform number, which makes a large radius, has 64 bits: the radius
+    # reaches 9.49, where 32 bits would end it at 6.76.
     unit = 2.3283064365386963e-10  # 2**-32
-    radius = tl.sqrt(-2.0 * tl.log((first.to(tl.float32) + 0.5) * unit))
-    angle = 6.283185307179586 * (second.to(tl.float32) * unit)
-    other_radius = tl.sqrt(-2.0 * tl.log((third.to(tl.float32) + 0.5) * unit))
-    other_angle = 6.283185307179586 * (fourth.to(tl.float32) * unit)
-    # Cosine and sine of one pair are independent, so both sums are normal and independent.
-    cosines = radius * tl.cos(angle) + other_radius * tl.cos(other_angle)
-    sines = radius * tl.sin(angle) + other_radius * tl.sin(other_angle)
+    uniform = (first.to(tl.float32) + (second.to(tl.float32) + 0.5) * unit) * unit
+    radius = scale * tl.sqrt(-2.0 * tl.log(uniform))
+    angle = 6.283185307179586 * (third.to(tl.float32) * unit)
+    cosines, sines = radius * tl.cos(angle), radius * tl.sin(angle)
     places = 2 * block + lanes
     inside = places < size
     old = tl.load(values + places, mask=inside, other=0.0)
-    tl.store(values + places, old + scale * cosines, mask=inside)
+    tl.store(values + places, old + cosines, mask=inside)
     places += BLOCK
     inside = places < size
     old = tl.load(values + places, mask=inside, other=0.0)
-    tl.store(values + places, old + scale * sines, mask=inside)
+    tl.store(values + places, old + sines, mask=inside)
 
 
 def add_noise(values: Tensor, key: int, std: float) -> None:
@@ -62,7 +61,7 @@ def add_noise(values: Tensor, key: int, std: float) -> None:
             _signed(seed, half),
             _signed(nonce & (2**32 - 1), 32),
             _signed(nonce >> 32, 32),
-            std / 2**0.5,
+            std,
             BLOCK=_BLOCK,
         )
 

@@ -310,7 +310,9 @@ class PrivateRun:
         self._guard.verify("during a training step")
         self.labels.verify()
         number = self._charge(draw.releases)
-        statistics = step.release(number, held)
+        every = self.trainer.log_every_n_steps
+        logged = bool(every) and (number + 1) % every == 0
+        statistics = step.release(number, held, signal=logged)
         if not draw.releases:
             self._record(statistics)
         draw.after_release()
