@@ -101,9 +101,7 @@ def check_independence(
             return IndependenceReport(worst=0.0, parameter="", tolerance=base, rows=0)
         first = _alone(parameters, loss_of, rows[0])
         with without_reentrant_checkpointing():
-            losses = [loss_of(rows[:1]) for _ in range(2)]
-        require_covered(module, parameters.values(), losses)
-        del losses
+            require_covered(module, parameters.values(), [loss_of(rows[:1]), loss_of(rows[:1])])
         turned = captured(parameters, loss_of, [*rows[1:], rows[0]], layouts) or {}
         noise = _noise_of_place(module, parameters, together, turned, len(rows), base)
         tolerance = max(base, min(_NOISE_FACTOR * noise, _MOST_NOISE * base))
