@@ -26,6 +26,7 @@ from lightning_privacy.clipping.row_gradients import (
     finite,
     row_of,
     scaled_by,
+    sum_of,
     tolerance_of,
 )
 from lightning_privacy.errors import PrivacyError
@@ -96,16 +97,15 @@ def check_independence(
     still = without_randomness()
     with preserved_state(module), still, full_precision(), torch.enable_grad():
         together = captured(parameters, loss_of, rows, layouts)
-        base = tolerance_of(parameters, still.low_precision)
+        low = still.low_precision
+        base = tolerance_of(parameters, low)
         if together is None:
             return IndependenceReport(worst=0.0, parameter="", tolerance=base, rows=0)
         first = _alone(parameters, loss_of, rows[0])
         with without_reentrant_checkpointing():
-            losses = [loss_of(rows[:1]) for _ in range(2)]
-        require_covered(module, parameters.values(), losses)
-        del losses
+            require_covered(module, parameters.values(), [loss_of(rows[:1]), loss_of(rows[:1])])
         turned = captured(parameters, loss_of, [*rows[1:], rows[0]], layouts) or {}
-        noise = _noise_of_place(module, parameters, together, turned, len(rows), base)
+        noise = _noise_of_place(module, parameters, together, turned, len(rows), base, low)
         tolerance = max(base, min(_NOISE_FACTOR * noise, _MOST_NOISE * base))
         worst, where = 0.0, ""
         for i, index in enumerate(rows):
@@ -114,14 +114,14 @@ def check_independence(
             if not finite(alone):
                 continue  # such a row contributes zero to any sum
             if i == 0:
-                _require_no_memory(first, alone, tolerance)
-            found, name = difference(own, alone)
+                _require_no_memory(first, alone, tolerance, low)
+            found, name = difference(own, alone, low_precision=low)
             if not found <= tolerance:
                 raise dependence(module, name, found, tolerance, scaled_by(own, alone))
             if found >= worst:
                 worst, where = found, name
         if all(finite(row_of(together, i, parameters)) for i in range(len(rows))):
-            _require_complete(parameters, loss_of, rows, together, tolerance)
+            _require_complete(parameters, loss_of, rows, together, tolerance, still.low_precision)
     return IndependenceReport(worst=worst, parameter=where, tolerance=tolerance, rows=len(rows))
 
 
@@ -132,6 +132,7 @@ def _noise_of_place(
     turned: Mapping[str, list[Contribution]],
     rows: int,
     base: float,
+    low_precision: bool,
 ) -> float:
     """How much a row's gradient changes with its place in the batch: rounding, or a refusal."""
     noise = 0.0
@@ -140,7 +141,7 @@ def _noise_of_place(
         moved = row_of(turned, (i or rows) - 1, parameters)
         if not finite(own) and not finite(moved):
             continue
-        found, name = difference(own, moved)
+        found, name = difference(own, moved, low_precision=low_precision)
         if not found <= base:
             # More than rounding: the gradient depends on where in the batch a row stands.
             raise dependence(module, name, found, base, scaled_by(own, moved))
@@ -189,20 +190,21 @@ def _require_complete(
     rows: Sequence[int],
     together: Mapping[str, list[Contribution]],
     tolerance: float,
+    low_precision: bool,
 ) -> None:
     plain = _plain(parameters, loss_of, rows)
-    total: dict[str, Tensor] = {}
-    for row in range(len(rows)):
-        for name, gradient in row_of(together, row, parameters).items():
-            total[name] = gradient if name not in total else total[name] + gradient
-    found, name = difference(total, plain)
+    total = sum_of(together, len(rows), parameters)
+    found, name = difference(total, plain, low_precision=low_precision)
     if not found <= tolerance:
         raise incomplete(name, found, tolerance)
 
 
 def _require_no_memory(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], tolerance: float
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    tolerance: float,
+    low_precision: bool,
 ) -> None:
-    found, name = difference(before, after)
+    found, name = difference(before, after, low_precision=low_precision)
     if not found <= tolerance:
         raise memory(name, found, tolerance)

@@ -50,7 +50,7 @@ class label_means(TorchFunctionMode):  # noqa: N801 - reads as a statement
     """
 
     def __init__(self, sink: list[LabelMean], rows: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._sink, self._rows = sink, rows
 
     def __torch_function__(

@@ -53,7 +53,7 @@ class _Batch:
 
     loss: Tensor | None = None
     means: list[LabelMean] = dataclasses.field(default_factory=list)
-    gradients: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
+    gradients: list[Mapping[str, Tensor]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class PairCheck:
     def _require_same(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], low: bool
     ) -> None:
-        found, name = difference(before, after, self._floor(low))
+        found, name = self._difference(before, after, low)
         tolerance = tolerance_of(self.parameters, low)
         if not found <= tolerance:
             raise memory(name, found, tolerance)
@@ -134,17 +134,19 @@ class PairCheck:
         alone: Mapping[str, Tensor],
         low: bool,
     ) -> None:
-        floor = self._floor(low)
-        found, name = difference(own, alone, floor)
+        found, name = self._difference(own, alone, low)
         tolerance = tolerance_of(self.parameters, low)
         if found <= tolerance:
             return
         # A row in company of its copy shows how much rounding alone can do.
         copied = self._batch(loss_of, [row, row]).gradients[0]
-        rounding = _NOISE_FACTOR * difference(copied, alone, floor)[0]
+        rounding = _NOISE_FACTOR * self._difference(copied, alone, low)[0]
         tolerance = max(tolerance, min(rounding, _MOST_ROUNDING))
         if not found <= tolerance:
             raise dependence(self.module, name, found, tolerance, scaled_by(own, alone))
 
-    def _floor(self, low: bool) -> float:
-        return self.negligible * (_LOW_PRECISION if low else 1.0)
+    def _difference(
+        self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], low: bool
+    ) -> tuple[float, str]:
+        floor = self.negligible * (_LOW_PRECISION if low else 1.0)
+        return difference(first, second, floor=floor, low_precision=low)

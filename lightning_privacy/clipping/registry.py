@@ -41,7 +41,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """
     if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)  # type: ignore[no-untyped-call]
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

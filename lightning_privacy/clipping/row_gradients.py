@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,8 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.1
 # A gradient below this share of the row's whole gradient is compared on that scale.
 _FLOOR = 1e-3
+# In low precision the kernels for one row and for several round small gradients apart.
+_LOW_PRECISION_FLOOR = 3e-2
 
 
 def tolerance_of(parameters: Mapping[str, nn.Parameter], low_precision: bool) -> float:
@@ -69,19 +71,60 @@ def captured(
         return capture.collect()
 
 
+class Gradients(Mapping[str, Tensor]):
+    """Gradients by parameter name, each computed when it is asked for and not kept.
+
+    All of a large model's at once would take the memory of the model, for each row.
+
+    Args:
+        names: the parameters that have a gradient.
+        compute: gives the gradient of one.
+    """
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
 def row_of(
     found: Mapping[str, list[Contribution]],
     row: int,
     parameters: Mapping[str, nn.Parameter],
     scale: float = 1.0,
-) -> dict[str, Tensor]:
+) -> Gradients:
     """One row's gradients by parameter name."""
-    gradients = {}
-    for name, items in found.items():
-        shape = parameters[name].shape
-        own = [_only(item, row) for item in items]
-        gradients[name] = instantiated(own, shape)[0] * scale
-    return gradients
+
+    def own(name: str) -> Tensor:
+        items = [_only(item, row) for item in found[name]]
+        return instantiated(items, parameters[name].shape)[0] * scale
+
+    return Gradients(found, own)
+
+
+def sum_of(
+    found: Mapping[str, list[Contribution]], rows: int, parameters: Mapping[str, nn.Parameter]
+) -> Gradients:
+    """The sum of all rows' gradients by parameter name."""
+    each = [row_of(found, row, parameters) for row in range(rows)]
+
+    def total(name: str) -> Tensor:
+        first, *others = (own[name] for own in each)
+        return sum(others, first)
+
+    return Gradients(found, total)
 
 
 def _only(item: Contribution, row: int) -> Contribution:
@@ -94,7 +137,11 @@ def _only(item: Contribution, row: int) -> Contribution:
 
 
 def difference(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], floor: float = 0.0
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    *,
+    floor: float = 0.0,
+    low_precision: bool = False,
 ) -> tuple[float, str]:
     """Largest relative difference over parameters, and where. NaN counts as infinite.
 
@@ -102,18 +149,25 @@ def difference(
         first: gradients by parameter name.
         second: what they are compared with.
         floor: a smaller gradient is compared on this scale.
+        low_precision: whether a part of the forward was computed in bfloat16 or float16.
     """
-    whole = max(norm(first.values()), norm(second.values()))
-    worst, where = 0.0, ""
+    sizes: dict[str, float] = {}
+    differences: dict[str, float] = {}
+    whole = [0.0, 0.0]
     for name in dict.fromkeys((*first, *second)):
-        a, b = first.get(name), second.get(name)
-        if a is None or b is None:
-            size = norm([t for t in (a, b) if t is not None])
-            found = size / max(whole * _FLOOR, size, floor) if size else 0.0
-        else:
-            size = max(norm([a]), norm([b]), _FLOOR * whole, floor)
+        own = [gradients.get(name) for gradients in (first, second)]
+        norms = [0.0 if gradient is None else norm([gradient]) for gradient in own]
+        whole = [total + size**2 for total, size in zip(whole, norms, strict=True)]
+        sizes[name], differences[name] = max(norms), max(norms)
+        a, b = own
+        if a is not None and b is not None:
             dtype = accumulation_dtype(a.dtype)
-            found = norm([a.to(dtype) - b.to(dtype)]) / size if size else 0.0
+            differences[name] = norm([a.to(dtype) - b.to(dtype)])
+    share = _LOW_PRECISION_FLOOR if low_precision else _FLOOR
+    floor = max(floor, share * math.sqrt(max(whole)))
+    worst, where = 0.0, ""
+    for name, size in sizes.items():
+        found = differences[name] / max(size, floor) if differences[name] else 0.0
         if found != found:
             found = float("inf")
         if found > worst:

@@ -298,3 +298,13 @@ def test_attributes_are_given_back() -> None:
     assert module.step == 0
     assert not hasattr(module, "new")
     assert module.training
+
+
+def test_what_a_step_writes_into_its_batch_stays_there() -> None:
+    probe = LossProbe(
+        None,
+        DataLoader(data(), batch_size=4, collate_fn=list),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+    )
+    probe._collated([0])[0][0].zero_()
+    assert probe._collated([0])[0][0].any()

@@ -274,11 +274,11 @@ def test_differences_of_rows_that_are_learnt_already_are_compared_on_a_fixed_sca
         model.bias.copy_(torch.tensor([16.0, 0.0, 0.0]))
 
     def loss(m: Any, rows: list[int]) -> Tensor:
-        return F.cross_entropy(m(X[rows]) * (1 + 0.01 * len(rows)), 0 * Y[rows])
+        return F.cross_entropy(m(X[rows]) * (1 + 0.01 * len(set(rows))), 0 * Y[rows])
 
     pair_check(model, loss, negligible=1e-3).run([0, 1])
     with pytest.raises(GuaranteeError):
-        pair_check(model, lambda m, rows: loss(m, rows) * len(rows)).run([0, 1])
+        pair_check(model, loss).run([0, 1])
 
 
 def test_rounding_that_a_row_shows_beside_its_copy_is_no_coupling() -> None:
