@@ -114,16 +114,23 @@ def build(case: Case, device: torch.device) -> nn.Module:
     finally:
         torch.set_default_dtype(before)
     if case.lora:
-        model = with_adapters(model, device, checkpointing=case.checkpointing)
-    elif case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = with_adapters(model, device)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model.train()
 
 
-def with_adapters(model: nn.Module, device: torch.device, *, checkpointing: bool) -> nn.Module:
+def set_checkpointing(model: nn.Module, case: Case) -> None:
+    """Recompute activations in the backward, or do not."""
+    base = model.base_model.model if case.lora else model
+    if case.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        base.gradient_checkpointing_disable()
+
+
+def with_adapters(model: nn.Module, device: torch.device) -> nn.Module:
     """The linear layers in 4 bits, frozen, with LoRA of rank 16 on them."""
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
@@ -140,12 +147,12 @@ def with_adapters(model: nn.Module, device: torch.device, *, checkpointing: bool
                     compress_statistics=True,
                 )
                 layer.weight = bnb.nn.Params4bit(
-                    child.weight.data.cpu(), requires_grad=False, quant_type="nf4"
+                    child.weight.data, requires_grad=False, quant_type="nf4"
                 )
+                if device.type == "cuda":
+                    layer.weight = layer.weight._quantize(device)
                 setattr(module, name, layer.to(device))
     model.requires_grad_(False)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     adapted = get_peft_model(
         model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -387,9 +394,15 @@ def main() -> None:
     if options.cap and device.type == "cuda":
         share = options.cap * GIB / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    model, shape = nn.Module(), ""
     for name in options.cases:
-        model = build(CASES[name], device)
+        case = CASES[name]
+        if case.shape != shape:
+            model, shape = nn.Module(), case.shape
+            gc.collect()
+            model = build(case, device)
+        set_checkpointing(model, case)
         for mode in (*options.modes, options.modes[0]):
             row = measure(name, mode, model, options.steps, options.logical)
             if device.type == "cuda":
@@ -401,8 +414,6 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
             model.zero_grad(set_to_none=True)
             gc.collect()
-        del model
-        gc.collect()
     print(table(rows))
 
 
