@@ -36,6 +36,9 @@ from torch.utils.data import DataLoader, TensorDataset
 GIB = 2**30
 # Planned steps of a run, of which the first few are measured.
 RUN = 200
+# Steps that are not counted. A private run compares contents and rows at steps 1, 2, 4, 8, …; what
+# that costs shows in the seconds of each step, which are written out.
+WARM = {"non-private": 3, "private": 9, "opacus hooks": 3, "opacus ghost": 3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,7 +203,12 @@ class Clock(L.Callback):
 
     def __init__(self, steps: int) -> None:
         self.ends: list[float] = []
+        self.peak = 0.0
         self._steps, self._last = 0, steps
+
+    def on_train_start(self, *arguments: Any) -> None:
+        """The checks before the first step are not over yet."""
+        self.ends.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Note the time, once for each optimizer step."""
@@ -208,6 +216,9 @@ class Clock(L.Callback):
             self._steps = trainer.global_step
             synchronize()
             self.ends.append(time.perf_counter())
+            if self._steps == 1 and torch.cuda.is_available():
+                self.peak = torch.cuda.max_memory_allocated() / GIB
+                torch.cuda.reset_peak_memory_stats()
             trainer.should_stop = self._steps >= self._last
 
 
@@ -218,8 +229,8 @@ def synchronize() -> None:
 
 
 def fit(case: Case, model: nn.Module, steps: int, *, private: bool, logical: int | None) -> Any:
-    """Seconds of each step but the first, and rows of the same steps."""
-    clock, rows = Clock(steps + 1), case.rows
+    """Seconds and rows of each step, and the peak until the end of the first."""
+    clock, rows = Clock(steps), case.rows
     callbacks: list[L.Callback] = [clock]
     whole = logical or rows
     count = rows if logical is None else 20 * logical
@@ -253,7 +264,7 @@ def fit(case: Case, model: nn.Module, steps: int, *, private: bool, logical: int
     ids = torch.randint(0, SHAPES[case.shape]["vocab_size"], (count, case.tokens))
     trainer.fit(Module(model), DataLoader(TensorDataset(ids), batch_size=rows))
     seconds = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
-    return seconds, drawn.by_step[1:]
+    return seconds, drawn.by_step, clock.peak
 
 
 class Rows(L.Callback):
@@ -294,7 +305,7 @@ def opacus(case: Case, model: nn.Module, steps: int, *, ghost: bool) -> Any:
         wrapped = GradSampleModule(model, strict=False)
         optimizer = DPOptimizer(adamw(model), **options)
     seconds = []
-    for _ in range(steps + 1):
+    for _ in range(steps):
         ids = torch.randint(0, SHAPES[case.shape]["vocab_size"], (case.rows, case.tokens))
         synchronize()
         start = time.perf_counter()
@@ -306,7 +317,7 @@ def opacus(case: Case, model: nn.Module, steps: int, *, ghost: bool) -> Any:
         synchronize()
         seconds.append(time.perf_counter() - start)
     wrapped.to_standard_module() if hasattr(wrapped, "to_standard_module") else None
-    return seconds[1:], [case.rows] * steps
+    return seconds, [case.rows] * steps, 0.0
 
 
 class _Given(nn.Module):
@@ -340,17 +351,18 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        seconds, rows = RUNS[mode](case, model, steps, logical)
+        seconds, rows, first_peak = RUNS[mode](case, model, WARM[mode] + steps, logical)
     except Exception as error:
         if mode in ("non-private", "private"):
             raise
         return row | {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-    row["seconds"] = statistics.median(seconds)
-    row["tokens_per_second"] = sum(rows) * case.tokens / sum(seconds)
-    if logical is None:
-        row["tokens_per_second"] = case.rows * case.tokens / row["seconds"]
+    row["seconds"] = [round(second, 4) for second in seconds]
+    counted = slice(WARM[mode], None)
+    rate = [own / second for own, second in zip(rows[counted], seconds[counted], strict=True)]
+    row["tokens_per_second"] = statistics.median(rate) * case.tokens
     if torch.cuda.is_available():
         row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        row["peak_first_gib"] = max(first_peak, row["peak_gib"])
     return row
 
 
