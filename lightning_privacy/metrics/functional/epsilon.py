@@ -316,6 +316,19 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return low
 
 
+def gaussian_delta(epsilon: float, mu: float) -> float:
+    """δ at ε of μ-Gaussian differential privacy; the inverse of `gaussian_epsilon`.
+
+    Args:
+        epsilon: ε >= 0.
+        mu: μ > 0.
+
+    Returns:
+        δ in [0, 1].
+    """
+    return math.exp(_gaussian_log_delta(epsilon, mu))
+
+
 def _gaussian_log_delta(epsilon: float, mu: float) -> float:
     from scipy.special import log_ndtr
 
