@@ -129,16 +129,17 @@ PAGE = """\
 scikit-learn, of which a tenth have a random label. Means over {targets} attacked networks, with the
 others as shadows.
 
-Accuracy: {inside:.1%} on members, {outside:.1%} on the others. All of it took {seconds:.0f} seconds of
-one core.
+Accuracy: {inside:.1%} on members, {outside:.1%} on the others. All of it took {seconds:.0f} seconds
+of one core.
 
 | attack | AUROC | advantage | TPR at 1 % FPR | TPR at 0.1 % FPR |
 |---|---|---|---|---|
 {rows}
 
-The loss alone finds little, because it takes hard examples for non-members. Comparing with references
-takes the difficulty out. At small false-positive rates, where it matters, LiRA and the ratio find what
-the AUROC hides. RMIA counts in steps of one over its population, and finds nothing below that.
+The loss alone finds little, because it takes hard examples for non-members. Comparing with
+references takes the difficulty out. At small false-positive rates, where it matters, LiRA and the
+ratio find what the AUROC hides. RMIA counts in steps of one over its population, and finds nothing
+below that.
 
 ```shell
 python tests/benchmarks/leakage.py --output docs/benchmarks/leakage.md
