@@ -17,10 +17,14 @@ from lightning_privacy.audit.bounds import (
     neyman_pearson_scores,
     neyman_pearson_threshold,
 )
+from lightning_privacy.audit.checks import Check
+from lightning_privacy.audit.verify import TrainerAudit, trainer_tightness, verify_trainer
 
 __all__ = [
     "BlindBaseline",
+    "Check",
     "FamilyBound",
+    "TrainerAudit",
     "advantage_ceiling",
     "blind_baseline",
     "claim_refuted",
@@ -29,4 +33,6 @@ __all__ = [
     "neyman_pearson_scores",
     "neyman_pearson_threshold",
     "score_texts",
+    "trainer_tightness",
+    "verify_trainer",
 ]

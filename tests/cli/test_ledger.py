@@ -31,3 +31,17 @@ def test_no_ledger_is_made_by_mistake(folder, capsys, words):
     assert main(words) == 2
     assert "a file that exists" in capsys.readouterr().err
     assert not (folder / "spent.sqlite").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_recipe_names_its_ledger(folder, recipe):
+    ledger = (
+        "{class_path: lightning_privacy.PrivacyLedger, init_args: "
+        "{path: spent.sqlite, dataset: letters, budget: [30.0, 1.0e-4]}}"
+    )
+    words = ["fit", "--config", recipe, "--privacy.ledger", ledger]
+    assert main([*words, "--compare_without_privacy", "false"]) == 0
+    (entry,) = PrivacyLedger("spent.sqlite", dataset="letters").entries()
+    assert entry.settled
+    assert sum(release.count for release in entry.releases) > 0

@@ -15,13 +15,18 @@ from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.metrics.functional import membership_auroc
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
 _FOLDS = 2
 _SUSPICIOUS = 0.55
 _STANDARD_ERRORS = 3.0
 # The solution is exact in the number of examples: beyond this a random part decides.
 _MOST = 3000
+
+_WARNING = (
+    "Members and non-members can be told apart without any model (AUROC {:.2f}): an attack on the "
+    "model will show this difference, not leakage. Split at random before training."
+)
 
 
 class BlindBaseline(NamedTuple):
@@ -37,7 +42,11 @@ class BlindBaseline(NamedTuple):
 
 
 def blind_baseline(
-    members: Sequence[str] | Tensor, non_members: Sequence[str] | Tensor, *, seed: int = 0
+    members: Sequence[str] | Tensor,
+    non_members: Sequence[str] | Tensor,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
 ) -> BlindBaseline:
     """Try to tell members from non-members by what they are, and warn if that works.
 
@@ -50,13 +59,16 @@ def blind_baseline(
     Args:
         members: Texts, or ``[N, ...]`` values.
         non_members: The same of the other side.
+        groups: The group of each member and then of each non-member, for instance its user. The
+            classifier is judged on other groups than it was fitted to: two texts of one user share
+            words, which says nothing about the split.
         seed: Divides the examples.
 
     Returns:
         The AUROC and whether it is suspicious.
 
     Raises:
-        ConfigurationError: A side has fewer than four examples.
+        ConfigurationError: A side has fewer than four examples, or fewer than two groups.
 
     Warns:
         UserWarning: The sides differ.
@@ -73,8 +85,9 @@ def blind_baseline(
     features = _features([*members], [*non_members])
     member = np.repeat([1.0, 0.0], sizes)
     order = rng.permutation(sum(sizes))[:_MOST]
-    features, member = features[order], member[order]
-    fold = _folds(member)
+    names = [*range(sum(sizes))] if groups is None else list(groups)
+    features, member, names = features[order], member[order], [names[place] for place in order]
+    fold = _folds(member, names)
     scores = np.empty(len(member))
     for held_out in range(_FOLDS):
         fitted, judged = fold != held_out, fold == held_out
@@ -87,21 +100,24 @@ def blind_baseline(
     chance = math.sqrt((inside + outside + 1) / (12 * inside * outside))
     suspicious = value > max(_SUSPICIOUS, 0.5 + _STANDARD_ERRORS * chance)
     if suspicious:
-        warnings.warn(
-            f"Members and non-members can be told apart without any model (AUROC {value:.2f}): "
-            "an attack on the model will show this difference, not leakage. Split at random "
-            "before training.",
-            UserWarning,
-            stacklevel=2,
-        )
+        warnings.warn(_WARNING.format(value), UserWarning, stacklevel=2)
     return BlindBaseline(value, suspicious)
 
 
-def _folds(member: np.ndarray) -> np.ndarray:
-    """Halves with the same share of members: the order is random already."""
+def _folds(member: np.ndarray, names: list[Hashable]) -> np.ndarray:
+    """Halves with the same share of members and whole groups: the order is random already."""
     fold = np.empty(len(member), dtype=int)
-    for side in (member == 1, member == 0):
-        fold[side] = np.arange(side.sum()) % _FOLDS
+    for side in (1, 0):
+        rows = np.flatnonzero(member == side)
+        place = {name: number for number, name in enumerate(dict.fromkeys(names[r] for r in rows))}
+        if len(place) < _FOLDS:
+            raise ConfigurationError(
+                must=f"each side has at least {_FOLDS} groups",
+                found=f"{len(place)}",
+                cost="a classifier judged on what it was fitted to",
+                remedy="give more groups, or none",
+            )
+        fold[rows] = [place[names[row]] % _FOLDS for row in rows]
     return fold
 
 

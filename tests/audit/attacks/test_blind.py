@@ -49,3 +49,13 @@ def test_tensors_are_compared_by_value() -> None:
 def test_too_few_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="at least 4"):
         blind_baseline(["a"], texts(5, 0))
+
+
+def test_texts_of_one_user_are_kept_together() -> None:
+    users = [f"user{number // 5}" for number in range(200)]
+    named = [f"{user} {text}" for user, text in zip(users, texts(200, 0), strict=True)]
+    with pytest.warns(UserWarning, match="without any model"):
+        blind_baseline(named[:100], named[100:])
+    assert not blind_baseline(named[:100], named[100:], groups=users).suspicious
+    with pytest.raises(ConfigurationError, match="groups"):
+        blind_baseline(named[:100], named[100:], groups=["all"] * 200)

@@ -63,6 +63,14 @@ def test_fine_tuning_shows_in_the_ratio_to_the_model_before(adapted: Any) -> Non
     assert [p.requires_grad for p in adapted.parameters()] == trainable
 
 
+def test_frozen_adapters_stay_frozen(adapted: Any) -> None:
+    frozen = next(p for name, p in adapted.named_parameters() if "lora_B" in name)
+    frozen.requires_grad_(False)
+    score_texts(adapted, batches())
+    assert not frozen.requires_grad
+    frozen.requires_grad_(True)
+
+
 def test_adapters_off_is_the_base_model(adapted: Any) -> None:
     batch = batches()[0]
     with torch.no_grad(), adapters_off(adapted) as found:
