@@ -117,6 +117,27 @@ def delta(
     return min(1.0, max(0.0, float(value)))
 
 
+def renyi_epsilon(releases: Sequence[GaussianRelease], delta: float, order: float) -> float:
+    """Returns the ε at δ that follows from the Rényi divergences of one order, added up.
+
+    Larger than `epsilon`. A bound on this sum stays valid where each release was chosen after
+    looking at the earlier ones, its noise and rate included: it is what a Rényi filter compares
+    with its budget (Feldman and Zrnic 2021, arXiv 2008.11193, theorem 4.3).
+
+    Args:
+        releases: What was released, in any order.
+        delta: δ, in (0, 1).
+        order: α > 1, chosen before anything was released.
+
+    Returns:
+        ε >= 0, possibly infinite.
+    """
+    spent = merged(releases)
+    if any(release.noise_multiplier == 0 for release in spent):
+        return math.inf
+    return max(0.0, float(_rdp(spent, [order]).get_epsilon(checked_delta(delta))))
+
+
 def checked_delta(delta: object) -> float:
     """Returns δ as a float, or refuses it.
 
@@ -167,12 +188,12 @@ def _cached_epsilon(
     return pld_epsilon(spent, delta, discretization)
 
 
-def _rdp(spent: tuple[GaussianRelease, ...]) -> Any:
+def _rdp(spent: tuple[GaussianRelease, ...], orders: Sequence[float] | None = None) -> Any:
     from dp_accounting import dp_event
     from dp_accounting.rdp import RdpAccountant
 
     # Add-or-remove only: with replace-one this accountant drops a factor of 2.
-    accountant = RdpAccountant()
+    accountant = RdpAccountant(orders)
     with _without_advice():
         for release in spent:
             gaussian = dp_event.GaussianDpEvent(release.noise_multiplier)

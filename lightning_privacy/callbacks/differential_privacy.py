@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from typing_extensions import override
 
+from lightning_privacy.callbacks._bookings import Bookings
 from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.callbacks._planning import (
     EpsilonSoFar,
@@ -38,6 +39,7 @@ from lightning_privacy.strategies import PrivateRun, privatize
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lightning_privacy.accounting import PrivacyLedger
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.types import AccountantName, ClippingKind, LossReduction
 
@@ -90,6 +92,8 @@ class DifferentialPrivacy(Callback):
         journal: Whether to reserve steps on disk before they run, so that a crash loses no spent
             budget. Needed to resume truthfully.
         journal_dir: Where to put the journal; by default beside the checkpoints.
+        ledger: What all runs on the data set have spent together: the planned steps are reserved
+            there before the first one, and refused if the data set's budget does not allow them.
         print_table: Whether to print the closing table at the end of the fit.
 
     Raises:
@@ -120,6 +124,7 @@ class DifferentialPrivacy(Callback):
         test_seed: int | None = None,
         journal: bool = True,
         journal_dir: str | None = None,
+        ledger: PrivacyLedger | None = None,
         print_table: bool = True,
     ) -> None:
         self.settings = PrivacySettings(
@@ -142,6 +147,7 @@ class DifferentialPrivacy(Callback):
             journal_dir=journal_dir,
         )
         self.print_table = print_table
+        self._bookings = Bookings(ledger, journal)
         self._state = RunState()
         self._tally = Tally()
         self._secret = b""
@@ -262,6 +268,7 @@ class DifferentialPrivacy(Callback):
         warn_compiled(module)
         assert self._run is not None
         layouts = RowChecks(self.settings, trainer, self._run, parameters).before_training()
+        self._bookings.reserve(self._state)
         if trainer.checkpoint_callbacks:
             self._open_journal()
         step = PrivateStep(
@@ -327,6 +334,7 @@ class DifferentialPrivacy(Callback):
             return
         self._run.close()
         self._state.settle_journal()
+        self._bookings.settle(self._state)
         # Without a run the strategy validates, tests and predicts as ever, and refuses to fit.
         trainer.strategy.private_run = self._run = None
         self._so_far = None
