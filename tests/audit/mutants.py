@@ -191,15 +191,20 @@ def summing(change: Callable[[Any, Any], Any]) -> Any:
     """Change what the clipped sum of a micro-batch is; `change` gets it and the units."""
     ordinary = step_module.clipped_sum
 
-    def total(found: Any, parameters: Any, units: Any, rule: Any) -> Any:
-        return change(ordinary(found, parameters, units, rule), rule)
+    def total(found: Any, parameters: Any, units: Any, rule: Any, *rest: Any) -> Any:
+        return change(ordinary(found, parameters, units, rule, *rest), rule)
 
     return patched(step_module, "clipped_sum", total)
 
 
 def times(part: Any, factor: float) -> Any:
     gradients = {name: value * factor for name, value in part.gradients.items()}
-    return dataclasses.replace(part, gradients=gradients)
+    buffered = None if part.buffered is None else part.buffered * factor
+    return dataclasses.replace(part, gradients=gradients, buffered=buffered)
+
+
+def sums(part: Any) -> list[Tensor]:
+    return [*part.gradients.values(), *([] if part.buffered is None else [part.buffered])]
 
 
 @mutant("clipping", "longer than the clip norm")
@@ -245,10 +250,11 @@ def a_norm_that_overflows_is_not_clipped() -> Iterator[Audited]:
 def the_batch_is_clipped_as_one() -> Iterator[Audited]:
     ordinary = step_module.clipped_sum
 
-    def total(found: Any, parameters: Any, units: Any, rule: Any) -> Any:
-        part = ordinary(found, parameters, units, FlatClipping(clip_norm=1e9))
-        norm = math.sqrt(sum(float(g.square().sum()) for g in part.gradients.values()))
-        return times(part, min(1.0, rule.sensitivity / norm) if norm else 1.0)
+    def total(found: Any, parameters: Any, units: Any, rule: Any, buffer: Any, share: float) -> Any:
+        unbounded = FlatClipping(clip_norm=1e9)
+        part = ordinary(found, parameters, units, unbounded, buffer, share)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in sums(part)))
+        return times(part, min(1.0, share * rule.sensitivity / norm) if norm else 1.0)
 
     with patched(step_module, "clipped_sum", total) as audited:
         yield audited
@@ -274,6 +280,11 @@ def noising(add: Callable[..., Tensor]) -> Any:
         return add(ordinary, self, tensor, name, release, std)
 
     return patched(GaussianNoise, "add_", patch)
+
+
+def one_by_one() -> Any:
+    """No parameters share a draw of noise, as large ones do not."""
+    return patched(PrivateStep, "_bundles", lambda _self, chosen: ((name,) for name in chosen))
 
 
 def weaker(factor: float) -> Any:
@@ -307,7 +318,7 @@ def a_bias_without_noise() -> Iterator[Audited]:
     def add(ordinary: Any, self: Any, tensor: Tensor, name: str, *rest: Any) -> Tensor:
         return tensor if name.endswith("0.bias") else ordinary(self, tensor, name, *rest)
 
-    with noising(add) as audited:
+    with one_by_one(), noising(add) as audited:
         yield audited
 
 
@@ -356,7 +367,7 @@ def one_stream_for_all_parameters() -> Iterator[Audited]:
         draw = torch.Generator().manual_seed(hash((self._secret, release)) % 2**31)
         return tensor.add_(torch.randn(tensor.shape, generator=draw), alpha=std)
 
-    with noising(add) as audited:
+    with one_by_one(), noising(add) as audited:
         yield audited
 
 
