@@ -39,9 +39,10 @@ def epsilon(
     it is adaptive: later queries may depend on earlier outputs, the parameters may not.
 
     ``"pld"`` composes pessimistic privacy loss distributions (connect the dots: Doroshenko et
-    al., arXiv 2207.04380) and is the tightest. ``"prv"`` is Opacus's accountant (Gopi et al.,
-    arXiv 2106.02848), within 0.01 of it; where its arithmetic fails, it warns and gives the RDP
-    bound. ``"rdp"`` is dp-accounting's (Mironov et al., arXiv 1908.10530), 9 to 30 per cent larger.
+    al., arXiv 2207.04380) and is the tightest; units of several parts have no other. ``"prv"`` is
+    Opacus's accountant (Gopi et al., arXiv 2106.02848), within 0.01 of it; where its arithmetic
+    fails, it warns and gives the RDP bound. ``"rdp"`` is dp-accounting's (Mironov et al., arXiv
+    1908.10530), 9 to 30 per cent larger.
 
     Args:
         releases: What was released, in any order; may be empty.
@@ -60,6 +61,7 @@ def epsilon(
     check_accountant(accountant)
     discretization = _checked_discretization(discretization)
     spent = merged(releases)
+    _refuse_groups(spent, accountant)
     if not spent:
         return 0.0
     if any(release.noise_multiplier == 0 for release in spent):
@@ -106,6 +108,7 @@ def delta(
             remedy="use accountant='pld', which is tighter",
         )
     spent = merged(releases)
+    _refuse_groups(spent, accountant)
     if not spent:
         return 0.0
     if any(release.noise_multiplier == 0 for release in spent):
@@ -151,6 +154,16 @@ def check_accountant(accountant: object) -> None:
     if accountant == "gdp":
         cost = "an ε that is too small: the GDP approximation gives 2.23 where the truth is 3.77"
     one_of("accountant", accountant, ACCOUNTANT_NAMES, cost=cost, remedy="use accountant='pld'")
+
+
+def _refuse_groups(spent: tuple[GaussianRelease, ...], accountant: AccountantName) -> None:
+    if accountant != "pld" and any(release.group_size > 1 for release in spent):
+        raise ConfigurationError(
+            must="`accountant` must be 'pld' where a unit has several parts, drawn on their own",
+            found=f"`accountant` = {accountant!r}",
+            cost="no ε: Rényi and PRV accountants have no mixture of Gaussians",
+            remedy="use accountant='pld', or draw users instead of examples",
+        )
 
 
 @lru_cache(maxsize=512)
