@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.types import whole_number
@@ -14,6 +14,55 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+class Sampler(Protocol):
+    """What a loader asks of draws."""
+
+    @property
+    def size(self) -> int:
+        """Number of rows of the data set."""
+        ...
+
+    def plan(self, cursor: int, physical_batch_size: int | None) -> tuple[MicroBatch, ...]:
+        """The micro-batches of one draw, as a function of its number."""
+        ...
+
+    def worker_seed(self, cursor: int) -> int:
+        """A seed for data-loading workers, independent of the draws."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitRows:
+    """Which rows of a micro-batch form one unit, where a unit is more than a row.
+
+    Args:
+        index: For each row the number of its unit in this micro-batch, 0 to U - 1.
+        sizes: For each unit the number of its rows in the whole draw, of which its gradient is
+            the mean.
+        unfinished: Whether the unit goes on in the next micro-batch. It is then the only one.
+
+    Raises:
+        GuaranteeError: The numbers of units do not agree, or an unfinished unit is not alone.
+    """
+
+    index: tuple[int, ...]
+    sizes: tuple[int, ...]
+    unfinished: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what would clip a part of a unit, or two units as one."""
+        if set(self.index) != set(range(len(self.sizes))) or (
+            self.unfinished and len(self.sizes) != 1
+        ):
+            raise GuaranteeError(
+                must="units are numbered from 0, and one that goes on is alone in its micro-batch",
+                found=f"the units {sorted(set(self.index))}, {len(self.sizes)} sizes, "
+                f"unfinished={self.unfinished}",
+                cost="a user who is clipped in parts has a contribution above clip_norm",
+                remedy="make micro-batches with packed(units, physical_batch_size)",
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """The rows of one forward and backward pass.
@@ -22,6 +71,7 @@ class MicroBatch:
         indices: Row numbers in the data set; at least one.
         weights: For each row 1.0 if it was drawn, or 0.0 if it only fills the place of an empty
             draw and must contribute nothing.
+        units: Which rows form one unit; None where each row is a unit of its own.
 
     Raises:
         GuaranteeError: There is no row, the lengths differ, or a weight is neither 0 nor 1.
@@ -29,12 +79,14 @@ class MicroBatch:
 
     indices: tuple[int, ...]
     weights: tuple[float, ...]
+    units: UnitRows | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no private step could run."""
         if (
             not self.indices
             or len(self.indices) != len(self.weights)
+            or (self.units is not None and len(self.units.index) != len(self.indices))
             or not set(self.weights) <= {0.0, 1.0}
         ):
             raise GuaranteeError(
@@ -72,19 +124,84 @@ def micro_batches(
     rows = [int(row) for row in draw]
     if not rows:
         return (MicroBatch(indices=(0,), weights=(0.0,)),)
-    size = len(rows)
-    if physical_batch_size is not None:
-        size = whole_number(
-            "physical_batch_size",
-            physical_batch_size,
-            at_least=1,
-            cost="rows that were drawn and accounted for, and never used",
-            remedy="pass the number of rows that fit into memory at once",
-        )
+    size = _most_rows(physical_batch_size, len(rows))
     return tuple(
         MicroBatch(
             indices=tuple(rows[start : start + size]),
             weights=(1.0,) * len(rows[start : start + size]),
         )
         for start in range(0, len(rows), size)
+    )
+
+
+def packed(units: Sequence[np.ndarray], physical_batch_size: int | None) -> tuple[MicroBatch, ...]:
+    """Cuts a draw of units of several rows into micro-batches that keep units together.
+
+    Whole units share a micro-batch as far as they fit, larger ones first. A unit that is larger
+    than a micro-batch has consecutive ones for itself, so that one unclipped gradient is kept in
+    memory at a time, whatever the units' sizes and numbers.
+
+    Args:
+        units: For each unit its row numbers, at least one; no row twice.
+        physical_batch_size: Most rows in one pass, >= 1; None puts the whole draw into one.
+
+    Returns:
+        At least one micro-batch; of an empty draw one row of weight 0.
+
+    Raises:
+        ConfigurationError: The physical batch size is no whole number >= 1.
+    """
+    if not len(units):
+        return micro_batches((), physical_batch_size)
+    most = _most_rows(physical_batch_size, sum(map(len, units)))
+    parts: list[MicroBatch] = []
+    waiting: list[np.ndarray] = []
+    room = most
+    for unit in sorted(units, key=len, reverse=True):
+        if len(unit) > most:
+            parts.extend(_spread(unit, most))
+            continue
+        if len(unit) > room:
+            parts.append(_together(waiting))
+            waiting, room = [], most
+        waiting.append(unit)
+        room -= len(unit)
+    return (*parts, _together(waiting)) if waiting else tuple(parts)
+
+
+def _spread(unit: np.ndarray, most: int) -> list[MicroBatch]:
+    starts = range(0, len(unit), most)
+    return [
+        _micro_batch(
+            unit[start : start + most].tolist(),
+            UnitRows(
+                index=(0,) * len(unit[start : start + most]),
+                sizes=(len(unit),),
+                unfinished=start + most < len(unit),
+            ),
+        )
+        for start in starts
+    ]
+
+
+def _together(units: Sequence[np.ndarray]) -> MicroBatch:
+    sizes = tuple(len(unit) for unit in units)
+    index = tuple(number for number, size in enumerate(sizes) for _ in range(size))
+    rows = [row for unit in units for row in unit.tolist()]
+    return _micro_batch(rows, UnitRows(index=index, sizes=sizes))
+
+
+def _micro_batch(rows: list[int], units: UnitRows) -> MicroBatch:
+    return MicroBatch(indices=tuple(rows), weights=(1.0,) * len(rows), units=units)
+
+
+def _most_rows(physical_batch_size: int | None, otherwise: int) -> int:
+    if physical_batch_size is None:
+        return otherwise
+    return whole_number(
+        "physical_batch_size",
+        physical_batch_size,
+        at_least=1,
+        cost="rows that were drawn and accounted for, and never used",
+        remedy="pass the number of rows that fit into memory at once",
     )
