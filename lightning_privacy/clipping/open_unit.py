@@ -1,0 +1,67 @@
+"""One unit whose rows do not fit into one micro-batch: its gradient is added up, then clipped once.
+
+There is one such unit at a time, so the memory that it takes is that of one gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_privacy.clipping.contributions import Contribution, Dense, full_precision
+from lightning_privacy.clipping.units import Units
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class OpenUnit:
+    """The unclipped gradient of the unit that the next micro-batch may go on with."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._device: torch.device | None = None
+
+    def __bool__(self) -> bool:
+        """Whether rows of a unit wait for the rest of it."""
+        return self._device is not None
+
+    @full_precision()
+    def add(
+        self,
+        found: dict[str, list[Contribution]],
+        parameters: Mapping[str, nn.Parameter],
+        units: Units,
+    ) -> None:
+        """Add what a micro-batch with rows of this unit alone has delivered.
+
+        Args:
+            found: contributions of rows by parameter name; emptied.
+            parameters: the covered parameters by name.
+            units: all rows in one unit.
+        """
+        self._device = units.scale.device
+        one = torch.ones(1, device=self._device)
+        for name in list(found):
+            for item in found.pop(name):
+                total = units.gathered(item).weighted_sum(one, parameters[name].shape)
+                self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def close(self) -> tuple[dict[str, list[Contribution]], Units]:
+        """Hand over the whole unit, to be clipped as one.
+
+        Returns:
+            Its contributions by parameter name, and the one unit that they belong to.
+        """
+        whole: dict[str, list[Contribution]] = {
+            name: [Dense(total[None])] for name, total in self._sums.items()
+        }
+        units = Units.rows(torch.ones(1, device=self._device), 1.0)
+        self.drop()
+        return whole, units
+
+    def drop(self) -> None:
+        """Forget it."""
+        self._sums, self._device = {}, None
