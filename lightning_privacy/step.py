@@ -34,13 +34,18 @@ from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from lightning_privacy.clipping.buffer import BufferLayout, RowBuffer
     from lightning_privacy.clipping.contributions import Contribution
     from lightning_privacy.noise.base import NoiseMechanism
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling import UnitRows
     from lightning_privacy.types import LossReduction
+
+
+# Small parameters share one draw of noise, up to so many elements; a larger one has its own.
+_SMALL, _BUNDLE = 2**20, 2**24
 
 
 class StepStatistics:
@@ -126,7 +131,9 @@ class PrivateStep:
         self._weights: tuple[float, ...] = ()
         self._rows: UnitRows | None = None
         self._open = OpenUnit()
+        self._buffered: BufferLayout | None = None
         self._sums: dict[str, Tensor] = {}
+        self._buffered_sum: Tensor | None = None
         self._parts: list[ClippedSum] = []
 
     # ------------------------------------------------------------------ one micro-batch
@@ -157,7 +164,12 @@ class PrivateStep:
         for parameter in self.parameters.values():
             parameter.grad = None
         self._weights = tuple(weights)
-        capture = Capture(self.parameters, rows=len(self._weights), layouts=self.layouts)
+        capture = Capture(
+            self.parameters,
+            rows=len(self._weights),
+            layouts=self.layouts,
+            buffered=self._buffered,
+        )
         capture.open()
         self._capture = capture
 
@@ -178,26 +190,39 @@ class PrivateStep:
             )
         found = capture.collect()
         self.abort_micro_batch()
-        units, rows = self._units(), self._rows
-        if self._open or (rows is not None and rows.unfinished):
-            self._open.add(found, self.parameters, units)
+        if self._buffered is None and self._rule.groups == 1:
+            self._buffered = capture.bufferable
+        if self._open or (self._rows is not None and self._rows.unfinished):
+            self._open.add(found, self.parameters, self._units(), capture.buffer)
             self._settle()
         else:
-            self._add(found, units)
+            self._clip(found, self._units(), capture.buffer)
 
     def _settle(self) -> None:
         """Clip the unit that was spread over micro-batches, unless the next one goes on with it."""
         if self._open and not (self._rows is not None and self._rows.unfinished):
-            self._add(*self._open.close())
+            self._clip(*self._open.close())
 
-    def _add(self, found: dict[str, list[Contribution]], units: Units) -> None:
-        part = clipped_sum(found, self.parameters, units, self._rule)
+    def _clip(
+        self,
+        found: dict[str, list[Contribution]],
+        units: Units,
+        buffer: RowBuffer | None = None,
+    ) -> None:
+        part = clipped_sum(found, self.parameters, units, self._rule, buffer)
         for name, gradient in part.gradients.items():
-            if name in self._sums:
-                self._sums[name] += gradient
-            else:
-                self._sums[name] = gradient
-        self._parts.append(dataclasses.replace(part, gradients={}))
+            self._add(name, gradient)
+        if part.buffered is not None and self._buffered_sum is not None:
+            self._buffered_sum += part.buffered
+        elif part.buffered is not None:
+            self._buffered_sum = part.buffered
+        self._parts.append(dataclasses.replace(part, gradients={}, buffered=None))
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] += gradient
+        else:
+            self._sums[name] = gradient
 
     def abort_micro_batch(self) -> None:
         """Untag the parameters and drop what was captured; the running sums stay."""
@@ -228,28 +253,64 @@ class PrivateStep:
         chosen = self.parameters if parameters is None else self._chosen(parameters)
         std = self._plan.noise_multiplier * self._rule.sensitivity
         squares, size = [], 0
-        for name, parameter in chosen.items():
-            total = self._sums.pop(name, None)
-            if total is None:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                total = torch.zeros_like(parameter, dtype=dtype)
+        self._spread_buffered()
+        for names in self._bundles(chosen):
+            total = self._total(names)
             squares.append(torch.linalg.vector_norm(total).float())
             size += total.numel()
             if std:
-                self._noise.add_(total, name, release, std)
+                self._noise.add_(total, "\n".join(names), release, std)
             total /= self._plan.expected_batch_size
-            parameter.grad = total.to(parameter.dtype)
+            self._hand_over(names, total)
         signal = torch.linalg.vector_norm(torch.stack(squares))
         statistics = StepStatistics(self._parts, std * size**0.5, signal)
         if not self._sums or parameters is None:
             self.discard()
         return statistics
 
+    def _spread_buffered(self) -> None:
+        if self._buffered_sum is None or self._buffered is None:
+            return
+        for name, gradient in self._buffered.pieces(self._buffered_sum):
+            self._add(name, gradient)
+        self._buffered_sum = None
+
+    def _bundles(self, chosen: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, ...]]:
+        """Parameters that get their noise in one draw: a function of the chosen ones alone."""
+        bundles: dict[tuple[torch.device, torch.dtype, int], list[str]] = {}
+        filled = 0
+        for name, parameter in chosen.items():
+            if parameter.numel() > _SMALL:
+                yield (name,)
+                continue
+            filled += parameter.numel()
+            kind = parameter.device, parameter.dtype, filled // _BUNDLE
+            bundles.setdefault(kind, []).append(name)
+        yield from map(tuple, bundles.values())
+
+    def _total(self, names: tuple[str, ...]) -> Tensor:
+        """The clipped sums of a bundle, flat; zeros where nothing contributed."""
+        parts = []
+        for name in names:
+            parameter, total = self.parameters[name], self._sums.pop(name, None)
+            if total is None:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                total = torch.zeros_like(parameter, dtype=dtype)
+            parts.append(total.flatten())
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _hand_over(self, names: tuple[str, ...], total: Tensor) -> None:
+        members = [self.parameters[name] for name in names]
+        pieces = total.to(members[0].dtype).split([member.numel() for member in members])
+        for member, piece in zip(members, pieces, strict=True):
+            member.grad = piece.view(member.shape)
+
     def discard(self) -> None:
         """Drop the running sums: a draw that is not released."""
         self._sums.clear()
         self._parts.clear()
         self._open.drop()
+        self._buffered_sum = None
 
     def abort(self) -> None:
         """Restore the parameters and drop everything. Safe at any time."""

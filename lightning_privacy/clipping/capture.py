@@ -1,11 +1,8 @@
 """Per-example gradients, captured where a parameter enters an operation.
 
-While a capture is active each trainable parameter's class is `TaggedParameter`, whose
-``__torch_function__`` sees every operation that the parameter enters, in the forward and in a
-checkpoint's recomputation (which runs in autograd's threads, where modules' hooks and
-``TorchFunctionMode`` do not reach). The operation is rewritten so that autograd delivers each row's
-gradient to the capture and nothing to the parameter. No module and no optimizer is touched, and the
-class is switched back afterwards.
+An operation that a tagged parameter enters (`tagging`) is rewritten so that autograd delivers each
+row's gradient to the capture and nothing to the parameter: by the operation's own rule (`ops`), or
+by the general one (`generic`).
 """
 
 from __future__ import annotations
@@ -17,108 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from lightning_privacy.clipping import generic
+from lightning_privacy.clipping import generic, tagging
+from lightning_privacy.clipping.buffer import LARGEST, BufferLayout, RowBuffer
 from lightning_privacy.clipping.contributions import Contribution, Dense, Lookup, Outer, combine
 from lightning_privacy.clipping.layout import Layouts, RowDim, default_rows
 from lightning_privacy.clipping.registry import RULES, name_of
-from lightning_privacy.errors import ConfigurationError, GuaranteeError, UnsupportedOperationError
+from lightning_privacy.clipping.tagging import RowTensor, TaggedParameter
+from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-# Not thread-local: autograd's threads must see it too.
-_active: Capture | None = None
-
-# Questions about a tensor, and answers that carry no gradient.
-_QUERIES = frozenset(
-    "size dim ndimension numel nelement stride is_contiguous storage_offset data_ptr element_size "
-    "get_device is_floating_point is_complex is_signed __len__ __repr__ __format__ __hash__ "
-    "__float__ __int__ __index__ __complex__ equal allclose "
-    "requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad is_same_size "
-    "detach item tolist storage untyped_storage zeros_like ones_like empty_like full_like "
-    "rand_like randn_like new_zeros new_ones new_empty new_full new_tensor is_pinned is_nonzero "
-    "__bool__ is_inference has_names __dlpack__ __dlpack_device__ __array__ numpy __reduce_ex__ "
-    "is_set_to can_cast result_type __deepcopy__".split()
-)
-_DIFFERENTIABLE_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
-
-
-class TaggedParameter(nn.Parameter):
-    """A trainable parameter while a capture is active. Never constructed: a class is switched."""
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return _intercept(func, args, kwargs or {})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        """A plain parameter: the tag belongs to the one that is captured."""
-        copied: nn.Parameter = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
-        copied.__class__ = nn.Parameter
-        return copied
-
-
-class RowTensor(Tensor):
-    """Looks like a tensor that all rows share, but holds a copy per row: ``rows [B, *shape]``.
-
-    It stands for an expression of parameters (a slice, a transpose, a position table looked up),
-    whose gradient has to be kept apart by row until it meets the batch.
-    """
-
-    rows: Tensor
-    sources: tuple[str, ...]
-
-    @staticmethod
-    def __new__(cls, rows: Tensor, sources: tuple[str, ...]) -> RowTensor:  # noqa: PYI034
-        """Wrap ``rows [B, *shape]``; ``sources`` names the parameters it comes from."""
-        self: RowTensor = torch.Tensor._make_wrapper_subclass(
-            cls,
-            rows.shape[1:],
-            dtype=rows.dtype,
-            device=rows.device,
-            requires_grad=rows.requires_grad,
-        )
-        self.rows, self.sources = rows, sources
-        if rows.requires_grad:
-            with torch._C.DisableTorchFunctionSubclass():
-                self.register_post_accumulate_grad_hook(_refuse_shared_gradient)  # type: ignore[no-untyped-call]
-        return self
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return _intercept(func, args, kwargs or {})
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        raise UnsupportedOperationError(
-            must="operations on expressions of trainable parameters pass the capture",
-            found=f"{func} reached a parameter expression from compiled code",
-            cost="its gradient could not be kept apart by example",
-            remedy="compute this operation in Python, or freeze the parameters in it",
-        )
 
 
 class Slot:
     """What one capture knows about one parameter."""
 
-    __slots__ = ("_leaf", "contributions", "name", "parameter")
+    __slots__ = ("_leaf", "contributions", "name", "parameter", "products")
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.parameter = name, parameter
         self.contributions: list[Contribution] = []
+        self.products = 0
         self._leaf: Tensor | None = None
 
     def leaf(self, rows: int) -> Tensor:
@@ -128,10 +44,17 @@ class Slot:
             self._leaf = value.unsqueeze(0).expand(rows, *value.shape).requires_grad_()
         return self._leaf
 
+    @property
+    def reached(self) -> bool:
+        """Whether anything was delivered here, and not to a buffer."""
+        leaf = self._leaf is not None and self._leaf.grad is not None
+        return leaf or bool(self.contributions)
+
     def collect(self) -> list[Contribution]:
         """All contributions, joined; the leaf's gradient is one of them."""
         if self._leaf is not None and self._leaf.grad is not None:
             self.contributions.append(Dense(self._leaf.grad))
+            self.products = 0
         items, self.contributions, self._leaf = self.contributions, [], None
         return combine(items, self.parameter.shape) if items else []
 
@@ -144,6 +67,8 @@ class Capture:
         rows: number of rows ``B`` in the batch.
         layouts: where the rows lie, from `learn_layouts`; None keeps to "rows come first".
         instantiate: keep per-row gradients always, never the factors of a Gram norm.
+        buffered: the parameters whose rows' gradients are to lie side by side, as `bufferable` of
+            an earlier capture found them.
 
     Raises:
         ConfigurationError: a parameter is not a plain `torch.nn.Parameter`.
@@ -156,6 +81,7 @@ class Capture:
         rows: int,
         layouts: Layouts | None = None,
         instantiate: bool = False,
+        buffered: BufferLayout | None = None,
     ) -> None:
         self.rows = rows
         self.layouts = layouts if layouts is not None else Layouts()
@@ -164,33 +90,28 @@ class Capture:
         self.slots = {id(p): Slot(name, p) for name, p in parameters.items()}
         for name, parameter in parameters.items():
             _require_plain(name, parameter)
+        self.buffer: RowBuffer | None = None
+        self.bufferable: BufferLayout | None = None
+        self._buffered = buffered
         self._anchors: dict[torch.device, Tensor] = {}
         self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._last_input: tuple[Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------ life of a capture
     def open(self) -> None:
         """Tag the parameters. Only one capture can be open in a process."""
-        global _active  # noqa: PLW0603 - autograd's threads look here
-        if _active is not None:
-            raise GuaranteeError(
-                must="one micro-batch is captured at a time",
-                found="a second capture was opened inside the first",
-                cost="gradients of both would be mixed",
-                remedy="do not nest private training steps",
-            )
-        _active = self
+        tagging.activate(self)
         for slot in self.slots.values():
             slot.parameter.__class__ = TaggedParameter
 
     def close(self) -> None:
         """Give the parameters their own class back. May be called at any time, twice too."""
-        global _active  # noqa: PLW0603 - autograd's threads look here
-        if _active is self:
-            _active = None
+        if tagging.deactivate(self):
             for slot in self.slots.values():
                 slot.parameter.__class__ = nn.Parameter
         self._casts.clear()
         self._anchors.clear()
+        self._last_input = None
 
     @contextmanager
     def opened(self) -> Iterator[Capture]:
@@ -202,9 +123,31 @@ class Capture:
             self.close()
 
     def collect(self) -> dict[str, list[Contribution]]:
-        """After backward: contributions by parameter name; parameters without any are absent."""
+        """After backward: contributions by parameter name; parameters without any are absent.
+
+        What went to the `buffer` is there. Also finds out what is `bufferable` from now on.
+        """
+        for slot in self.slots.values():
+            if self.buffer is not None and slot.reached and self.buffer.wrote(slot.name):
+                # Used in another way, too: the norm of the sum is not that of the parts.
+                taken = self.buffer.take(slot.name)
+                slot.contributions.append(Dense(taken.unflatten(1, slot.parameter.shape)))
         found = {slot.name: slot.collect() for slot in self.slots.values()}
+        self.bufferable = self._buffered or self._bufferable(found)
         return {name: items for name, items in found.items() if items}
+
+    def _bufferable(self, found: Mapping[str, list[Contribution]]) -> BufferLayout | None:
+        """Small parameters whose whole gradient was one instantiated product, of one type."""
+        shapes: dict[torch.dtype, dict[str, torch.Size]] = {}
+        for slot in self.slots.values():
+            items, size = found[slot.name], slot.parameter.numel()
+            if slot.products == len(items) == 1 and isinstance(items[0], Dense) and size <= LARGEST:
+                dtype = items[0].gradients.dtype
+                shapes.setdefault(dtype, {})[slot.name] = slot.parameter.shape
+        if not shapes or len({slot.parameter.device for slot in self.slots.values()}) > 1:
+            return None
+        dtype, most = max(shapes.items(), key=lambda entry: len(entry[1]))
+        return BufferLayout(most, dtype)
 
     # ------------------------------------------------------------------ dispatch
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,7 +172,7 @@ class Capture:
         """What ``loss.backward`` or `torch.autograd.backward` is to start from."""
         for tensor in tree_flatten(tensors)[0]:
             if isinstance(tensor, RowTensor) and tensor.rows.dim() > 1:
-                _refuse_shared_gradient(tensor)
+                tagging.refuse_shared_gradient(tensor)
         return tree_map_only(RowTensor, self.collapse, tensors)
 
     # ------------------------------------------------------------------ what rules need
@@ -244,15 +187,19 @@ class Capture:
             return None
         if self.rows == 1:
             return RowDim(0, flattened=True)
-        key = ("rule", name_of(func), name)
         if self.observing:
-            self.observe(key, [tensor], [])
-        signature = self.layouts.find(key, [tensor], self.rows)
+            self.observe(("rule", name_of(func), name), [tensor], [])
+            return self._found_rows(name, func, tensor)
+        case = func, name, tensor.shape, self.rows
+        if case not in self.layouts.places:
+            self.layouts.places[case] = self._found_rows(name, func, tensor)
+        return self.layouts.places[case]
+
+    def _found_rows(self, name: str, func: Callable[..., Any], tensor: Tensor) -> RowDim | None:
+        signature = self.layouts.find(("rule", name_of(func), name), [tensor], self.rows)
         if signature is not None:
             return signature.inputs[0].rows
-        if self.observing:
-            return None
-        return default_rows(tensor, self.rows, may_flatten=True)
+        return None if self.observing else default_rows(tensor, self.rows, may_flatten=True)
 
     def observe(self, key: object, leaves: list[Any], outputs: list[Any]) -> None:
         """A probe notes the shapes of a call; a capture never asks."""
@@ -268,6 +215,12 @@ class Capture:
             tensor = tensor.movedim(where.dim, 0)
         return tensor.reshape(self.rows, -1, *tensor.shape[1:])
 
+    def positions(self, tensor: Tensor, where: RowDim) -> Tensor:
+        """``tensor`` as ``[B, M, d]``: all entries of a row side by side."""
+        if not where.dim and tensor.dim() == 3 and tensor.shape[0] == self.rows:
+            return tensor
+        return self.by_row(tensor, where).flatten(1, -2)
+
     def anchor(self, device: torch.device) -> Tensor:
         """A scalar that requires gradients, so that a first layer's output does."""
         if device not in self._anchors:
@@ -275,23 +228,63 @@ class Capture:
         return self._anchors[device]
 
     def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """``tensor`` detached and in ``dtype``; one copy per micro-batch for all its uses."""
+        """A parameter detached and in ``dtype``; one copy per micro-batch for all its uses."""
         if tensor.dtype == dtype:
             return tensor.detach()
         key = (id(tensor), dtype)
         if key not in self._casts:
-            self._casts[key] = tensor.detach().to(dtype)
+            slot = self.slot(tensor)
+            if slot is not None and tensor.numel() <= LARGEST:
+                self._cast_small(slot.parameter.device, slot.parameter.dtype, dtype)
+            else:
+                self._casts[key] = tensor.detach().to(dtype)
         return self._casts[key]
+
+    def _cast_small(self, device: torch.device, old: torch.dtype, new: torch.dtype) -> None:
+        """Cast all small parameters at once: one by one would take a launch each."""
+        small = [
+            slot.parameter
+            for slot in self.slots.values()
+            if slot.parameter.numel() <= LARGEST
+            and slot.parameter.device == device
+            and slot.parameter.dtype == old
+        ]
+        flat = torch.cat([parameter.detach().flatten() for parameter in small]).to(new)
+        pieces = flat.split([parameter.numel() for parameter in small])
+        for parameter, piece in zip(small, pieces, strict=True):
+            self._casts[id(parameter), new] = piece.view(parameter.shape)
+
+    def cast_input(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """An activation in ``dtype``; layers that read the same one share the copy."""
+        if tensor.dtype == dtype:
+            return tensor
+        if self._last_input is None or self._last_input[0] is not tensor:
+            self._last_input = tensor, tensor.to(dtype)
+        return self._last_input[1]
 
     # ------------------------------------------------------------------ what backward delivers
     def add_outer(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """Gradient ``left^T right`` per row, in the cheaper of its two forms."""
         self._require_armed(slot)
+        slot.products += 1
         left, right = left.detach(), right.detach()
-        if self.instantiates(left, left.shape[1], left.shape[2], right.shape[2]):
+        if not self.instantiates(left, left.shape[1], left.shape[2], right.shape[2]):
+            slot.contributions.append(Outer(left, right))
+            return
+        buffer = self._buffer_for(slot, left)
+        if buffer is None:
             self._add_dense(slot, torch.bmm(left.mT, right))
         else:
-            slot.contributions.append(Outer(left, right))
+            buffer.add_product(slot.name, left, right)
+
+    def _buffer_for(self, slot: Slot, product: Tensor) -> RowBuffer | None:
+        """Made when the first gradient comes: in the forward it would add to the peak of memory."""
+        layout = self._buffered
+        if layout is None or slot.name not in layout.shapes or layout.dtype != product.dtype:
+            return None
+        if self.buffer is None:
+            self.buffer = RowBuffer(layout, self.rows, product.device)
+        return self.buffer
 
     def instantiates(self, like: Tensor, positions: int, a: int, b: int) -> bool:
         """Whether a sum of ``positions`` outer products of ``a`` by ``b`` is kept as it is.
@@ -312,6 +305,7 @@ class Capture:
     def add_dense(self, slot: Slot, gradients: Tensor) -> None:
         """Gradients of all rows, ``[B, *shape]``."""
         self._require_armed(slot)
+        slot.products += 2  # no product of its own: not for the buffer
         self._add_dense(slot, gradients.detach())
 
     def _add_dense(self, slot: Slot, gradients: Tensor) -> None:
@@ -328,51 +322,6 @@ class Capture:
                 cost="a gradient of a gradient would be counted as an example's gradient",
                 remedy="compute inner gradients with frozen parameters or before the private step",
             )
-
-
-def _intercept(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    capture = _active
-    if capture is not None and func in (Tensor.backward, torch.autograd.backward):
-        # Also with gradients off, where reentrant checkpointing runs a block's own backward; and
-        # with the tags in force, which the computation of a block's forward again must meet.
-        with torch._C.DisableTorchFunctionSubclass():
-            roots = capture.roots(args[0])
-        return func(roots, *args[1:], **kwargs)
-    with torch._C.DisableTorchFunctionSubclass():
-        if capture is None or not torch.is_grad_enabled() or _is_query(func, args, kwargs):
-            args, kwargs = tree_map_only(RowTensor, _plain, (args, kwargs))
-            return func(*args, **kwargs)
-        return capture.apply(func, args, kwargs)
-
-
-def _is_query(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "type":
-        # Without a type it asks, with one it converts.
-        return len(args) == 1 and not kwargs
-    if name == "__get__":
-        attribute = getattr(func.__self__, "__name__", "")  # type: ignore[attr-defined]
-        return attribute not in _DIFFERENTIABLE_ATTRIBUTES
-    return name in _QUERIES or name == "__set__"
-
-
-def _refuse_shared_gradient(tensor: Tensor) -> None:
-    """A gradient of all rows together arrived at what only looks shared: it would be lost."""
-    names = ", ".join(getattr(tensor, "sources", ()))
-    raise GuaranteeError(
-        must="operations on expressions of trainable parameters pass the capture",
-        found=f"a gradient for an expression of {names} that is not kept apart by example: a "
-        "custom autograd.Function or reentrant checkpointing took it",
-        cost="these parameters would silently miss that part of their gradient",
-        remedy="call the operation in plain PyTorch, use use_reentrant=False, or freeze the "
-        "parameters",
-    )
-
-
-def _plain(tensor: RowTensor) -> Tensor:
-    """The shared value of all rows, without history but with the same answers to questions."""
-    value = tensor.rows.detach()[0]
-    return value.requires_grad_() if tensor.rows.requires_grad else value
 
 
 def _require_plain(name: str, parameter: nn.Parameter) -> None:

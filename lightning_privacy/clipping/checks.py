@@ -23,10 +23,10 @@ from lightning_privacy.clipping.contributions import (
     Dense,
     Lookup,
     Outer,
-    full_precision,
     instantiated,
 )
 from lightning_privacy.clipping.probe import learn_layouts
+from lightning_privacy.clipping.products import full_precision
 from lightning_privacy.clipping.randomness import preserved_state, without_randomness
 from lightning_privacy.errors import GuaranteeError, PrivacyError
 

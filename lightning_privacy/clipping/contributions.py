@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_privacy.clipping.products import (
+    accumulation_dtype,
+    gram,
+    gram_product,
+    sum_of_products,
+    weighted_rows,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Size, Tensor
-
-# Below twice this many positions a blocked, symmetric Gram costs more in launches than it saves.
-_BLOCK = 64
 
 # A Gram norm is a difference of large terms where positions cancel: its error is a multiple of
 # (sum_m |left_m| |right_m|)^2, and so is the rounding of the weighted sum. This share of it is
@@ -34,31 +38,6 @@ _MARGIN = {
     torch.bfloat16: 2.0**-17,
     torch.float16: 2.0**-20,
 }
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Context in which products and convolutions of float32 are float32.
-
-    With `torch.set_float32_matmul_precision`, "high" or "medium", their factors are rounded to 11
-    or 8 bits: a norm by Gram products could then be far below the norm of what is added.
-    """
-    found: Any = torch.backends
-    cudnn = (found.cudnn.conv, found.cudnn.rnn)
-    backends = (found.cuda.matmul, found.mkldnn.matmul, *cudnn)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Norms and sums are kept in float32 or better, whatever the gradients' type."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,7 +59,7 @@ class Dense:
     def weighted_sum(self, coefficients: Tensor, shape: Size) -> Tensor:
         """``sum_u coefficients[u] * gradient_u``, ``[*shape]``."""
         flat = self.gradients.reshape(len(self.gradients), -1)
-        return _sum_of_products(coefficients[:, None], flat).view(shape)
+        return weighted_rows(coefficients, flat).view(shape)
 
     def without(self, excluded: Tensor) -> Dense:
         """The same with exact zeros for the units in ``excluded [U]``, where NaN was too."""
@@ -99,11 +78,7 @@ class Outer:
 
     def squared_norm(self) -> Tensor:
         """``[U]``, in float32 or better, never below the norm of what `weighted_sum` adds."""
-        left, right = self.left, self.right
-        if left.shape[1] == 1:
-            return _norms(left).square().sum(1) * _norms(right).square().sum(1)
-        largest = (_norms(left) * _norms(right)).sum(1).square()
-        return _gram_product(left, right).clamp_min(0) + _MARGIN[left.dtype] * largest
+        return outer_norm([self.left], self.right)
 
     def dense(self, shape: Size) -> Tensor:
         """``[U, *shape]``."""
@@ -117,7 +92,7 @@ class Outer:
             left = _scaled(left, scale)
         else:
             right = _scaled(right, scale)
-        return _sum_of_products(left.flatten(0, 1), right.flatten(0, 1)).view(shape)
+        return sum_of_products(left.flatten(0, 1), right.flatten(0, 1)).view(shape)
 
     def without(self, excluded: Tensor) -> Outer:
         """The same with exact zeros for the units in ``excluded [U]``."""
@@ -143,8 +118,7 @@ class Lookup:
     def squared_norm(self) -> Tensor:
         """``[U]``, in float32 or better: positions that share a row are summed before squaring."""
         same = self.index[:, :, None] == self.index[:, None, :]
-        every = slice(None)
-        total = torch.where(same, _block(self.values, every, every), 0).sum((1, 2)).clamp_min(0)
+        total = torch.where(same, gram(self.values), 0).sum((1, 2)).clamp_min(0)
         return total + _MARGIN[self.values.dtype] * _norms(self.values).sum(1).square()
 
     def dense(self, shape: Size) -> Tensor:
@@ -205,6 +179,38 @@ def instantiated(contributions: list[Contribution], shape: Size) -> Tensor:
     return total
 
 
+def outer_norm(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
+    """``[U]``: squared norm of ``left^T right`` for all lefts side by side, never too small."""
+    if right.shape[1] == 1:
+        squares = sum((_squares(left) for left in lefts[1:]), _squares(lefts[0]))
+        return squares * _squares(right)
+    product, largest = gram_product(lefts, right)
+    return product.clamp_min(0) + _MARGIN[right.dtype] * largest.square()
+
+
+def squared_norms(
+    found: Mapping[str, list[Contribution]],
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Squared norms ``[U]`` of (combined) contributions, of several parameters where that is less.
+
+    Dense layers that read the same input (queries, keys and values) share its Gram matrix.
+
+    Yields:
+        Names of parameters, and the squared norm over all of them.
+    """
+    sharing: dict[tuple[object, ...], list[str]] = {}
+    for name, items in found.items():
+        if len(items) == 1 and isinstance(items[0], Outer):
+            right = items[0].right
+            key = right.data_ptr(), right.shape, right.stride(), right.dtype, right.device
+            sharing.setdefault(key, []).append(name)
+        else:
+            yield (name,), squared_norm(items)
+    for names in sharing.values():
+        outers = [item for name in names for item in found[name] if isinstance(item, Outer)]
+        yield tuple(names), outer_norm([item.left for item in outers], outers[0].right)
+
+
 def squared_norm(contributions: list[Contribution]) -> Tensor:
     """``[U]``: squared norm of the sum of the (combined) contributions to one parameter."""
     total = sum(
@@ -228,45 +234,9 @@ def _cross(outer: Outer, lookup: Lookup) -> Tensor:
     return _dot(products, picked.to(dtype))
 
 
-def _gram_product(left: Tensor, right: Tensor) -> Tensor:
-    """``sum((left left^T) * (right right^T))`` per unit; the symmetric half counts twice."""
-    positions = left.shape[1]
-    every = slice(None)
-    if positions < 2 * _BLOCK or left.is_cuda:
-        return _dot(_block(left, every, every), _block(right, every, every))
-    total = left.new_zeros(left.shape[0], dtype=accumulation_dtype(left.dtype))
-    for start in range(0, positions, _BLOCK):
-        rows, before = slice(start, start + _BLOCK), slice(0, start)
-        total += _dot(_block(left, rows, rows), _block(right, rows, rows))
-        if start:
-            total += 2 * _dot(_block(left, rows, before), _block(right, rows, before))
-    return total
-
-
-def _block(tensor: Tensor, rows: slice, columns: slice) -> Tensor:
-    """``tensor[rows] tensor[columns]^T`` per unit, in float32 or better."""
-    dtype = accumulation_dtype(tensor.dtype)
-    if tensor.dtype != dtype and tensor.is_cuda:
-        return torch.bmm(tensor[:, rows], tensor[:, columns].mT, out_dtype=dtype)
-    tensor = tensor.to(dtype)
-    return torch.bmm(tensor[:, rows], tensor[:, columns].mT)
-
-
 def _scaled(tensor: Tensor, scale: Tensor) -> Tensor:
     """In float32 or better; on a GPU in the tensor's own type, in which its products are fast."""
     return tensor * (scale.to(tensor.dtype) if tensor.is_cuda else scale)
-
-
-def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:
-    """``first^T second``, summed and returned in float32 or better.
-
-    A sum rounded to bfloat16 would be off by 0.4 % of all units' gradients together, which is far
-    more than 0.4 % of one unit's.
-    """
-    dtype = accumulation_dtype(second.dtype)
-    if second.is_cuda and second.dtype != dtype:
-        return torch.mm(first.to(second.dtype).t(), second, out_dtype=dtype)
-    return torch.mm(first.to(dtype).t(), second.to(dtype))
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
@@ -278,6 +248,10 @@ def _norms(tensor: Tensor) -> Tensor:
     """``[U, M]`` norms over the last dimension, in float32 or better."""
     norms: Tensor = torch.linalg.vector_norm(tensor, dim=2, dtype=accumulation_dtype(tensor.dtype))
     return norms
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    return _norms(tensor).square().sum(1)
 
 
 def _zero_rows(tensor: Tensor, excluded: Tensor) -> Tensor:

@@ -73,9 +73,14 @@ class Signature:
 
 
 class Layouts:
-    """All learnt signatures, by operation and the names of the parameters that enter it."""
+    """All learnt signatures, by operation and the names of the parameters that enter it.
+
+    Attributes:
+        places: where rows were found to lie, by a caller's own key, so as not to search again.
+    """
 
     def __init__(self) -> None:
+        self.places: dict[object, RowDim | None] = {}
         self._known: dict[object, list[Signature]] = {}
 
     def __eq__(self, other: object) -> bool:

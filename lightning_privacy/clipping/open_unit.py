@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_privacy.clipping.contributions import Contribution, Dense, full_precision
+from lightning_privacy.clipping.contributions import Contribution, Dense
+from lightning_privacy.clipping.products import full_precision
 from lightning_privacy.clipping.units import Units
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from lightning_privacy.clipping.buffer import RowBuffer
 
 
 class OpenUnit:
@@ -34,6 +37,7 @@ class OpenUnit:
         found: dict[str, list[Contribution]],
         parameters: Mapping[str, nn.Parameter],
         units: Units,
+        buffer: RowBuffer | None = None,
     ) -> None:
         """Add what a micro-batch with rows of this unit alone has delivered.
 
@@ -41,13 +45,23 @@ class OpenUnit:
             found: contributions of rows by parameter name; emptied.
             parameters: the covered parameters by name.
             units: all rows in one unit.
+            buffer: the rest of the rows' gradients.
         """
         self._device = units.scale.device
-        one = torch.ones(1, device=self._device)
         for name in list(found):
             for item in found.pop(name):
-                total = units.gathered(item).weighted_sum(one, parameters[name].shape)
-                self._sums[name] = self._sums[name] + total if name in self._sums else total
+                self._add(name, self._whole(units.gathered(item), parameters[name].shape))
+        if buffer is not None:
+            rows = units.gathered(Dense(buffer.complete()))
+            flat = self._whole(rows, torch.Size([buffer.layout.size]))
+            for name, piece in buffer.layout.pieces(flat):
+                self._add(name, piece)
+
+    def _whole(self, item: Contribution, shape: torch.Size) -> Tensor:
+        return item.weighted_sum(torch.ones(1, device=self._device), shape)
+
+    def _add(self, name: str, total: Tensor) -> None:
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def close(self) -> tuple[dict[str, list[Contribution]], Units]:
         """Hand over the whole unit, to be clipped as one.

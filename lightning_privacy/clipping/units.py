@@ -16,14 +16,18 @@ from lightning_privacy.clipping.contributions import (
     Dense,
     Lookup,
     Outer,
-    full_precision,
-    squared_norm,
+    squared_norms,
 )
+from lightning_privacy.clipping.products import full_precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lightning_privacy.clipping.buffer import RowBuffer
     from lightning_privacy.clipping.norms import ClippingRule
+
+# Stands for all parameters in the buffer; no parameter has an empty name.
+_BUFFER = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class ClippedSum:
         factors: ``[U]`` the smallest factor by which a unit was scaled; 0 when left out.
         nonfinite: ``[U]`` units left out because their gradient was not finite.
         members: ``[U]`` units that count.
+        buffered: ``[P]`` the sum for the parameters of the buffer, in the order of its layout.
     """
 
     gradients: dict[str, Tensor]
@@ -111,6 +116,7 @@ class ClippedSum:
     factors: Tensor
     nonfinite: Tensor
     members: Tensor
+    buffered: Tensor | None = None
 
 
 @full_precision()
@@ -119,6 +125,7 @@ def clipped_sum(
     parameters: Mapping[str, nn.Parameter],
     units: Units,
     rule: ClippingRule,
+    buffer: RowBuffer | None = None,
 ) -> ClippedSum:
     """Clip each unit's gradient by ``rule`` and add up.
 
@@ -132,7 +139,10 @@ def clipped_sum(
         parameters: the covered parameters by name; one without contributions has gradient zero.
         units: which rows form which unit.
         rule: how to clip.
+        buffer: the rest of the rows' gradients; only for a rule with one group.
     """
+    if buffer is not None:
+        found[_BUFFER] = [Dense(buffer.complete())]
     names = list(found)
     gathered = {name: [units.gathered(item) for item in found.pop(name)] for name in names}
     members, scale = units.members, units.unit_scale
@@ -144,7 +154,7 @@ def clipped_sum(
     excluded = None if bool(taken.all()) else ~taken
     gradients: dict[str, Tensor] = {}
     for name in names:
-        shape = parameters[name].shape
+        shape = parameters[name].shape if name else torch.Size([-1])
         coefficients = factors[rule.group_of(name)] * scale.to(factors.dtype)
         items = gathered.pop(name)
         if excluded is not None:
@@ -153,7 +163,8 @@ def clipped_sum(
         gradients[name] = _weighted(items, coefficients, shape)
     norms = torch.where(taken, squared, 0).sqrt()
     smallest = factors.amin(0) if len(factors) else torch.ones_like(norms)
-    return ClippedSum(gradients, norms, smallest, ~finite & members, members)
+    buffered = gradients.pop(_BUFFER, None)
+    return ClippedSum(gradients, norms, smallest, ~finite & members, members, buffered)
 
 
 def _group_norms(
@@ -161,10 +172,13 @@ def _group_norms(
 ) -> Tensor:
     """``[K, U]`` squared norms by group."""
     totals = torch.zeros(rule.groups, len(scale), device=scale.device, dtype=scale.dtype)
+    by_group: dict[int, dict[str, list[Contribution]]] = {}
     for name, items in gathered.items():
-        norm = squared_norm(items)
-        totals = totals.to(torch.promote_types(totals.dtype, norm.dtype))
-        totals[rule.group_of(name)] += norm
+        by_group.setdefault(rule.group_of(name), {})[name] = items
+    for group, members in by_group.items():
+        for _, norm in squared_norms(members):
+            totals = totals.to(torch.promote_types(totals.dtype, norm.dtype))
+            totals[group] += norm
     return totals * scale.to(totals.dtype).square()
 
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_privacy.clipping import clipped_gradient_sum, per_example_gradients
-from lightning_privacy.clipping.capture import Capture, RowTensor, TaggedParameter
+from lightning_privacy.clipping.capture import Capture
+from lightning_privacy.clipping.tagging import RowTensor, TaggedParameter
 from lightning_privacy.errors import ConfigurationError, GuaranteeError, UnsupportedOperationError
 from tests.clipping.reference import (
     Sketch,
@@ -187,10 +188,11 @@ def test_questions_get_the_ordinary_answer(question: str, expression: bool) -> N
 
 
 def test_conversion_by_type_is_not_a_question() -> None:
-    model = Sketch(
-        lambda m, x: x * m.p.type(x.dtype).to(x.device) + m.p.type_as(x) * m.p.to(x), p=(3,)
-    )
-    assert_exact(model, squares, numbers(B, 3))
+    def forward(m: Sketch, x: Tensor) -> Tensor:
+        converted = m.p.type(torch.float64).to(x.dtype)
+        return x * converted.to(x.device) + m.p.type_as(x) * m.p.to(x)
+
+    assert_exact(Sketch(forward, p=(3,)), squares, numbers(B, 3))
 
 
 def test_data_and_detached_values_carry_no_gradient() -> None:
@@ -338,3 +340,20 @@ def test_a_penalty_beside_checkpointed_blocks(reentrant: bool) -> None:
         return hidden.square().mean() + 0.1 * sum(p.square().sum() for p in m.parameters())
 
     assert_exact(model, loss, numbers(B, 3))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("length", [2, B, 2 * B])
+def test_time_comes_first_in_checkpointed_blocks(length: int, reentrant: bool) -> None:
+    block = Sketch(
+        lambda m, x: m.layer(x.transpose(0, 1)).transpose(0, 1) * m.scale + m.table[:length],
+        layer=nn.Linear(3, 3),
+        scale=(3,),
+        table=(9, 3),
+    )
+
+    def loss(m: nn.Module, x: Tensor) -> Tensor:
+        hidden = checkpoint(m, x.clone().requires_grad_(), use_reentrant=reentrant)
+        return hidden.square().mean() + hidden.sin().mean()
+
+    assert_exact(block, loss, numbers(B, length, 3))

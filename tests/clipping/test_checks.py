@@ -382,6 +382,17 @@ def test_restored_when_the_forward_fails(kind: type[BaseException]) -> None:
 
 
 # ---------------------------------------------------------------------- completeness
+def test_what_the_capture_never_sees_is_refused() -> None:
+    # The rows agree, alone and in a batch; only autograd's own gradient of the batch has more.
+    def loss(m: Any, rows: list[int]) -> Tensor:
+        value = classify(m, rows)
+        unseen = type(m.weight) is nn.Parameter and len(rows) > 1
+        return value + m.weight.square().sum() if unseen else value
+
+    with pytest.raises(GuaranteeError, match=r"add up to autograd's own"):
+        checked(nn.Linear(6, 3), loss)
+
+
 def test_a_gradient_that_is_captured_only_in_part_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,11 +13,10 @@ from lightning_privacy.clipping.contributions import (
     Dense,
     Lookup,
     Outer,
-    accumulation_dtype,
     combine,
-    full_precision,
     squared_norm,
 )
+from lightning_privacy.clipping.products import accumulation_dtype, full_precision
 from tests.clipping.reference import numbers, tokens
 
 U, ROWS, WIDTH = 3, 7, 5

@@ -254,10 +254,11 @@ def test_learnt_loss_weights_on_each_example_s_own_loss() -> None:
     assert_exact(model, loss, numbers(B, 6))
 
 
-def test_the_same_operation_on_the_same_parameters_in_other_roles() -> None:
+@pytest.mark.parametrize("rows", [4, 5, 6])
+def test_the_same_operation_on_the_same_parameters_in_other_roles(rows: int) -> None:
     # Once among parameters, once with the batch: learning the first must not decide the second.
     model = Sketch(lambda m, x: x @ (m.a @ m.b).tanh() + m.a[:6, 0], a=(6, 2), b=(2, 6))
-    assert_exact(model, squares, numbers(5, 6))
+    assert_exact(model, squares, numbers(rows, 6))
 
 
 def test_a_constant_first_and_the_batch_in_a_later_round() -> None:

@@ -79,6 +79,10 @@ CHANGES: dict[str, tuple[Callable[[Stateful], object], str]] = {
         lambda m: setattr(m.layer.bias, "data", torch.ones(2)),
         "layer.bias",
     ),
+    "a parameter's data replaced twice": (
+        lambda m: [setattr(m.layer.bias, "data", m.layer.bias.data * 2) for _ in range(4)],
+        "layer.bias",
+    ),
 }
 THROUGH_DATA: dict[str, tuple[Callable[[Stateful], object], str]] = {
     "a parameter": (lambda m: m.layer.weight.data.mul_(1.001), "layer.weight"),

@@ -33,22 +33,27 @@ class _Site:
     def record(self, x: Tensor, grad: Tensor) -> None:
         """``x [.., in]`` and the gradient of the output ``grad [.., out]``."""
         capture = self.capture
-        grad = capture.by_row(grad, self.rows)
+        grad = capture.positions(grad, self.rows)
         if self.weight is not None:
-            x = capture.by_row(x, self.rows)
+            x = capture.positions(x, self.rows)
             left, right = (x, grad) if self.transposed else (grad, x)
-            capture.add_outer(self.weight, left.flatten(1, -2), right.flatten(1, -2))
+            capture.add_outer(self.weight, left, right)
         if self.bias is not None:
-            capture.add_dense(self.bias, grad.flatten(1, -2).sum(1))
+            capture.add_dense(self.bias, grad.sum(1))
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``[out, in]``."""
+        return self.plain_weight.t() if self.transposed else self.plain_weight
 
 
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, site: _Site) -> Tensor:
-        ctx.site = site
+        ctx.site, ctx.dtype = site, x.dtype
+        x = site.capture.cast_input(x, site.plain_weight.dtype)
         ctx.save_for_backward(x)
-        weight = site.plain_weight.t() if site.transposed else site.plain_weight
-        return F.linear(x, weight, site.plain_bias)
+        return F.linear(x, site.matrix, site.plain_bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -58,8 +63,7 @@ class _Dense(torch.autograd.Function):
         site.record(x, grad)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        weight = site.plain_weight.t() if site.transposed else site.plain_weight
-        return grad @ weight, None, None
+        return (grad @ site.matrix).to(ctx.dtype), None, None
 
 
 @operation(F.linear)
@@ -103,11 +107,11 @@ def _dense(
     rows = capture.rows_of(slot.name, func, x)
     if rows is None or rows.dim == x.dim() - 1:
         return NotImplemented
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    plain_bias = None if bias is None else capture.cast(bias, x.dtype)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    plain_bias = None if bias is None else capture.cast(bias, dtype)
     site = _Site(
-        capture, weight_slot, bias_slot, capture.cast(weight, x.dtype), plain_bias, rows, transposed
+        capture, weight_slot, bias_slot, capture.cast(weight, dtype), plain_bias, rows, transposed
     )
     return _Dense.apply(x, capture.anchor(x.device), site)  # type: ignore[no-untyped-call]
 

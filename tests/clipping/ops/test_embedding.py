@@ -83,6 +83,13 @@ def test_sequence_first() -> None:
     assert_exact(model, squares, tokens(B, 3))
 
 
+def test_a_negative_padding_index_of_the_function() -> None:
+    ids = tokens(B, 5)
+    ids[0, 2] = 9
+    model = Sketch(lambda m, ids: F.embedding(ids, m.table, padding_idx=-2), table=(11, 6))
+    assert_exact(model, squares, ids)
+
+
 def test_sparse_gradients_are_captured_dense() -> None:
     assert_exact(nn.Embedding(11, 6, sparse=True), squares, tokens(B, 3))
 

@@ -1,0 +1,122 @@
+"""The Triton programs behind `kernels`. Imported only where there is a GPU to run them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@triton.jit
+def _gram_tile(total, base, rows, columns, positions, width, stride, STEP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    """``total + factor[rows] factor[columns]^T`` for one unit's ``factor [positions, width]``."""
+    for start in range(0, width, STEP):
+        inner = start + tl.arange(0, STEP)
+        inside = (inner < width)[None, :]
+        first = tl.load(
+            base + rows[:, None] * stride + inner[None, :],
+            mask=(rows < positions)[:, None] & inside,
+            other=0.0,
+        )
+        second = tl.load(
+            base + columns[:, None] * stride + inner[None, :],
+            mask=(columns < positions)[:, None] & inside,
+            other=0.0,
+        )
+        total = tl.dot(first, tl.trans(second), total)
+    return total
+
+
+@triton.jit
+def _gram_product(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    left0, left1, left2, left3, right, product, largest,
+    width0, width1, width2, width3, width,
+    unit0, unit1, unit2, unit3, unit_right,
+    stride0, stride1, stride2, stride3, stride_right,
+    positions, tiles,
+    LEFTS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One tile of the lower triangle of one unit's two Gram matrices, multiplied and summed."""
+    tile, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
+    # The root is rounded: at a corner it may name the row before or after.
+    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
+    column = tile - row * (row + 1) // 2
+    rows, columns = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
+    own = tl.zeros((TILE, TILE), dtype=tl.float32)
+    own = _gram_tile(own, left0 + unit * unit0, rows, columns, positions, width0, stride0, STEP)
+    if LEFTS > 1:
+        own = _gram_tile(own, left1 + unit * unit1, rows, columns, positions, width1, stride1, STEP)
+    if LEFTS > 2:
+        own = _gram_tile(own, left2 + unit * unit2, rows, columns, positions, width2, stride2, STEP)
+    if LEFTS > 3:
+        own = _gram_tile(own, left3 + unit * unit3, rows, columns, positions, width3, stride3, STEP)
+    other = tl.zeros((TILE, TILE), dtype=tl.float32)
+    other = _gram_tile(
+        other, right + unit * unit_right, rows, columns, positions, width, stride_right, STEP
+    )
+    both = own * other
+    diagonal = tl.where(rows[:, None] == columns[None, :], both, 0.0)
+    sizes = tl.sqrt(tl.maximum(tl.sum(diagonal, 1), 0.0))
+    place = unit * tiles + tile
+    # What lies below the diagonal counts for what lies above, too.
+    tl.store(product + place, tl.sum(tl.sum(both, 1), 0) * tl.where(row == column, 1.0, 2.0))
+    tl.store(largest + place, tl.sum(sizes, 0))
+
+
+@triton.jit
+def _weighted_rows(coefficients, rows, total, units, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of ``sum_u coefficients[u] * rows[u]``."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < size
+    found = tl.zeros((BLOCK,), dtype=tl.float32)
+    for unit in range(units):
+        coefficient = tl.load(coefficients + unit)
+        if coefficient != 0:
+            own = tl.load(rows + unit * size + places, mask=inside, other=0.0)
+            found += coefficient * own.to(tl.float32)
+    tl.store(total + places, found, mask=inside)
+
+
+def launch_gram(
+    factors: Sequence[Tensor], product: Tensor, largest: Tensor, positions: int, tile: int
+) -> None:
+    """Run `_gram_product` for all units and tiles; the last of ``factors`` is the right one."""
+    *lefts, right = factors
+    filled = [*lefts, *[right] * (4 - len(lefts)), right]
+    arguments: list[Any] = [*filled, product, largest]
+    arguments += [factor.shape[2] for factor in filled]
+    arguments += [factor.stride(0) for factor in filled]
+    arguments += [factor.stride(1) for factor in filled]
+    units, tiles = product.shape
+    with torch.cuda.device(product.device):
+        # Three stages of both operands fit the shared memory of data-centre GPUs only.
+        stages = 3 if torch.cuda.get_device_capability(product.device)[0] in (8, 9, 10) else 2
+        _gram_product[(tiles, units)](
+            *arguments,
+            positions,
+            tiles,
+            LEFTS=len(lefts),
+            TILE=tile,
+            STEP=64,
+            num_warps=8,
+            num_stages=stages,
+        )
+
+
+def launch_weighted_rows(coefficients: Tensor, rows: Tensor, total: Tensor) -> None:
+    """Run `_weighted_rows` over all columns."""
+    units, size = rows.shape
+    block = 1024
+    with torch.cuda.device(total.device):
+        _weighted_rows[(triton.cdiv(size, block),)](
+            coefficients, rows, total, units, size, BLOCK=block
+        )

@@ -1,0 +1,122 @@
+"""Products whose result bounds a contribution: in float32 or better, whatever comes in.
+
+Legend: ``U`` units, ``M`` positions of a unit.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_privacy.clipping import kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+# Below twice this many positions a blocked, symmetric Gram costs more in launches than it saves.
+_BLOCK = 64
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Context in which products and convolutions of float32 are float32.
+
+    With `torch.set_float32_matmul_precision`, "high" or "medium", their factors are rounded to 11
+    or 8 bits: a norm by Gram products could then be far below the norm of what is added.
+    """
+    found: Any = torch.backends
+    cudnn = (found.cudnn.conv, found.cudnn.rnn)
+    backends = (found.cuda.matmul, found.mkldnn.matmul, *cudnn)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Norms and sums are kept in float32 or better, whatever the gradients' type."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms of ``left^T right`` per unit, for the lefts side by side.
+
+    ``|l^T r|^2 = sum((l l^T) * (r r^T))``; the Gram matrix of lefts side by side is the sum of
+    theirs. (The "ghost norm", Li et al. 2022, arXiv 2110.05679, section 4.)
+
+    Args:
+        lefts: each ``[U, M, a]``, of any widths ``a``.
+        right: ``[U, M, b]``.
+
+    Returns:
+        The squared norms ``[U]``, and ``[U]`` sums over positions of ``|left_m| |right_m|``, whose
+        square is what rounding in the first is relative to.
+    """
+    if kernels.serve(*lefts, right):
+        return kernels.gram_product(lefts, right)
+    positions = right.shape[1]
+    block = _BLOCK if positions >= 2 * _BLOCK and not right.is_cuda else positions
+    product = right.new_zeros(right.shape[0], dtype=accumulation_dtype(right.dtype))
+    largest = torch.zeros_like(product)
+    for start in range(0, positions, block):
+        rows, before = slice(start, start + block), slice(0, start)
+        own = _gram(lefts, rows, rows), _gram([right], rows, rows)
+        product += _dot(*own)
+        diagonals = [gram.diagonal(dim1=1, dim2=2).clamp_min(0) for gram in own]
+        largest += (diagonals[0] * diagonals[1]).sqrt().sum(1)
+        if start:
+            product += 2 * _dot(_gram(lefts, rows, before), _gram([right], rows, before))
+    return product, largest
+
+
+def gram(tensor: Tensor) -> Tensor:
+    """``tensor tensor^T [U, M, M]`` of ``tensor [U, M, d]``, in float32 or better."""
+    every = slice(None)
+    return _gram([tensor], every, every)
+
+
+def weighted_rows(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """``sum_u coefficients[u] * rows[u]`` of ``rows [U, n]``, in float32 or better."""
+    if kernels.serve(rows):
+        return kernels.weighted_rows(coefficients, rows)
+    return sum_of_products(coefficients[:, None], rows)[0]
+
+
+def sum_of_products(first: Tensor, second: Tensor) -> Tensor:
+    """``first^T second``, summed and returned in float32 or better.
+
+    A sum rounded to bfloat16 would be off by 0.4 % of all units' gradients together, which is far
+    more than 0.4 % of one unit's.
+    """
+    dtype = accumulation_dtype(second.dtype)
+    if second.is_cuda and second.dtype != dtype:
+        return torch.mm(first.to(second.dtype).t(), second, out_dtype=dtype)
+    return torch.mm(first.to(dtype).t(), second.to(dtype))
+
+
+def _gram(tensors: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+    """The sum of ``tensor[rows] tensor[columns]^T`` per unit, in float32 or better."""
+    dtype = accumulation_dtype(tensors[0].dtype)
+    total = None
+    for tensor in tensors:
+        if tensor.dtype != dtype and tensor.is_cuda:
+            own = torch.bmm(tensor[:, rows], tensor[:, columns].mT, out_dtype=dtype)
+            total = own if total is None else total.add_(own)
+            continue
+        first, second = tensor[:, rows].to(dtype), tensor[:, columns].to(dtype).mT
+        total = torch.bmm(first, second) if total is None else total.baddbmm_(first, second)
+    assert total is not None
+    return total
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    products: Tensor = torch.linalg.vecdot(first.flatten(1), second.flatten(1))
+    return products
