@@ -61,7 +61,7 @@ def epsilon(
     check_accountant(accountant)
     discretization = _checked_discretization(discretization)
     spent = merged(releases)
-    _refuse_groups(spent, accountant)
+    refuse_groups(max((release.group_size for release in spent), default=1), accountant)
     if not spent:
         return 0.0
     if any(release.noise_multiplier == 0 for release in spent):
@@ -108,7 +108,7 @@ def delta(
             remedy="use accountant='pld', which is tighter",
         )
     spent = merged(releases)
-    _refuse_groups(spent, accountant)
+    refuse_groups(max((release.group_size for release in spent), default=1), accountant)
     if not spent:
         return 0.0
     if any(release.noise_multiplier == 0 for release in spent):
@@ -156,8 +156,17 @@ def check_accountant(accountant: object) -> None:
     one_of("accountant", accountant, ACCOUNTANT_NAMES, cost=cost, remedy="use accountant='pld'")
 
 
-def _refuse_groups(spent: tuple[GaussianRelease, ...], accountant: AccountantName) -> None:
-    if accountant != "pld" and any(release.group_size > 1 for release in spent):
+def refuse_groups(group_size: int, accountant: AccountantName) -> None:
+    """Refuses accountants that know no mixture of Gaussians.
+
+    Args:
+        group_size: Most parts of one unit.
+        accountant: Which accountant is asked.
+
+    Raises:
+        ConfigurationError: There are several parts, and it is not "pld".
+    """
+    if accountant != "pld" and group_size > 1:
         raise ConfigurationError(
             must="`accountant` must be 'pld' where a unit has several parts, drawn on their own",
             found=f"`accountant` = {accountant!r}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
     from torch.utils.data import DataLoader
 
+    from lightning_privacy.callbacks._population import Population
     from lightning_privacy.callbacks._settings import PrivacySettings
     from lightning_privacy.sampling import ResolvedSampling
     from lightning_privacy.types import AccountantName
 
 
 def sampling_of(
-    settings: PrivacySettings, dataloader: DataLoader, world_size: int
+    settings: PrivacySettings, dataloader: DataLoader, world_size: int, population: Population
 ) -> ResolvedSampling:
     """Decide the rate and the public normaliser for a training loader.
 
@@ -32,6 +34,7 @@ def sampling_of(
         settings: What the user configured.
         dataloader: The training loader.
         world_size: Number of processes.
+        population: What is drawn from.
 
     Returns:
         Rate, normaliser, relation, steps per epoch, and where they come from.
@@ -40,9 +43,10 @@ def sampling_of(
         sample_rate=settings.sample_rate,
         expected_batch_size=settings.expected_batch_size,
         dataset_size=settings.dataset_size,
-        actual_size=len(dataloader.dataset),  # type: ignore[arg-type]
+        actual_size=population.size,
         loader_batch_size=dataloader.batch_size or 1,
         world_size=world_size,
+        counted=population.name,
     )
 
 
@@ -91,6 +95,8 @@ def _fixed_fields(
 ) -> dict[str, Any]:
     return {
         "unit": settings.unit,
+        "user_sampling": settings.user_sampling,
+        "group_size": settings.group_size,
         "relation": sampling.relation,
         "sample_rate": sampling.sample_rate,
         "expected_batch_size": sampling.expected_batch_size,
@@ -114,7 +120,26 @@ def _first(settings: PrivacySettings, fixed: dict[str, Any], remaining: int | No
     if remaining is None:
         raise _endless()
     assert settings.epsilon is not None
-    return PrivacyPlan.calibrated(epsilon=settings.epsilon, steps=max(1, remaining), **fixed)
+    return PrivacyPlan.calibrated(
+        epsilon=settings.epsilon, steps=max(1, remaining), progress=_Announced(), **fixed
+    )
+
+
+class _Announced:
+    """Says what a search for the noise is at, once it takes a while."""
+
+    _SECONDS = 3.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, noise_multiplier: float, spent: float) -> None:
+        if time.monotonic() - self._last > self._SECONDS:
+            self._last = time.monotonic()
+            rank_zero_info(
+                f"DifferentialPrivacy: looking for the noise; a noise multiplier of "
+                f"{noise_multiplier:.4g} costs ε = {spent:.4g}."
+            )
 
 
 def _same(settings: PrivacySettings, state: RunState, fixed: dict[str, Any]) -> PrivacyPlan:

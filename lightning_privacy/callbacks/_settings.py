@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
+from lightning_privacy.errors import ConfigurationError
+from lightning_privacy.sampling.users import (
+    check_user_sampling,
+    checked_group_size,
+    user_settings_without_users,
+)
 from lightning_privacy.types import (
     ACCOUNTANT_NAMES,
     CLIPPING_KINDS,
@@ -14,6 +19,7 @@ from lightning_privacy.types import (
     ClippingKind,
     LossReduction,
     PrivacyUnit,
+    UserSampling,
     one_of,
     real_number,
     whole_number,
@@ -21,6 +27,8 @@ from lightning_privacy.types import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lightning_privacy.sampling.users import UserIds
 
 _NO_EPSILON = "an ε that cannot be computed, or that says nothing"
 
@@ -31,7 +39,6 @@ class PrivacySettings:
 
     Raises:
         ConfigurationError: An argument is outside its range, or the budget is not determined.
-        UnsupportedOperationError: The unit is not supported yet.
     """
 
     epsilon: float | None
@@ -45,6 +52,9 @@ class PrivacySettings:
     accountant: AccountantName
     loss_reduction: LossReduction
     unit: str
+    user_sampling: UserSampling | None
+    group_size: int | None
+    users: UserIds | None
     releases_per_draw: int | None
     independence_check: bool
     independent_buffers: Sequence[str]
@@ -57,6 +67,7 @@ class PrivacySettings:
         self._check_budget()
         self._check_sampling()
         self._check_choices()
+        self._check_users()
 
     def _check_budget(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:
@@ -135,10 +146,22 @@ class PrivacySettings:
         )
         units = tuple(str(unit) for unit in PrivacyUnit)
         one_of("unit", self.unit, units, cost=wrong, remedy='use "example"')
-        if self.unit == PrivacyUnit.USER:
-            raise UnsupportedOperationError(
-                must="the privacy unit is one example",
-                found='unit="user"',
-                cost="draws of examples, accounted as if they were draws of users",
-                remedy='use unit="example", with all text of a user in one example if need be',
+
+    def _check_users(self) -> None:
+        given = (self.user_sampling, self.group_size, self.users)
+        if self.unit != PrivacyUnit.USER:
+            if any(value is not None for value in given):
+                raise user_settings_without_users()
+            return
+        if self.user_sampling is None:
+            object.__setattr__(self, "user_sampling", "users")
+        check_user_sampling(self.user_sampling)
+        checked_group_size(self.group_size)
+        if self.expected_batch_size is None and self.sample_rate is None:
+            raise ConfigurationError(
+                must="with unit='user' the rate or the expected batch is given",
+                found="neither sample_rate nor expected_batch_size",
+                cost="a DataLoader's batch size, which counts rows, taken for a number of users",
+                remedy="pass expected_batch_size: users in a draw, or examples with "
+                "user_sampling='examples'",
             )

@@ -16,6 +16,7 @@ from lightning_privacy.callbacks._planning import (
     make_plan,
     sampling_of,
 )
+from lightning_privacy.callbacks._population import Population
 from lightning_privacy.callbacks._probe import checked_layouts
 from lightning_privacy.callbacks._settings import PrivacySettings
 from lightning_privacy.callbacks._state import STATE_KEY, RunState, local_directory
@@ -30,7 +31,7 @@ from lightning_privacy.callbacks._validation import (
 from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_seed
 from lightning_privacy.reports import PrivacySummary, print_summary
-from lightning_privacy.sampling import PoissonSampler, PrivateLoader
+from lightning_privacy.sampling import PrivateLoader
 from lightning_privacy.sampling.loader import check_loader
 from lightning_privacy.step import PrivateStep
 from lightning_privacy.strategies import PrivateRun, privatize
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lightning_privacy.plan import PrivacyPlan
-    from lightning_privacy.types import AccountantName, ClippingKind, LossReduction
+    from lightning_privacy.sampling.users import UserIds
+    from lightning_privacy.types import AccountantName, ClippingKind, LossReduction, UserSampling
 
 _EACH_STEP: Final[dict[str, Any]] = {"on_step": True, "on_epoch": False, "batch_size": 1}
 
@@ -78,7 +80,17 @@ class DifferentialPrivacy(Callback):
         clipping: "flat", "per_layer" or "automatic".
         accountant: "pld" (tightest), "prv" or "rdp".
         loss_reduction: Whether the loss is a "mean" or a "sum" over the examples of a batch.
-        unit: What is protected: "example".
+        unit: What is protected: one "example", or a "user" with everything that belongs to them.
+        user_sampling: With unit="user", what is drawn: "users" (the default; ``clip_norm`` bounds
+            the mean gradient of a user), or "examples" (``clip_norm`` bounds the gradient of each,
+            and the accountant counts those of one user together). ``expected_batch_size``,
+            ``sample_rate`` and ``dataset_size`` then count users, or those examples.
+        group_size: With unit="user", the most examples of a user: in each draw, chosen anew, or,
+            with "examples", in the whole run. Take it from public knowledge: the median of private
+            counts is private itself.
+        users: With unit="user", whose rows are whose: the name of a column or attribute of the data
+            set or of a key of its examples, a function of an example, or one id for each row. By
+            default the attribute ``users`` of the data set or of the data module.
         releases_per_draw: Optimizer steps on one batch, in manual optimization; by default the
             number of optimizers.
         independence_check: Whether to check, before the first step, that each example's gradient
@@ -114,6 +126,9 @@ class DifferentialPrivacy(Callback):
         accountant: AccountantName = "pld",
         loss_reduction: LossReduction = "mean",
         unit: str = "example",
+        user_sampling: UserSampling | None = None,
+        group_size: int | None = None,
+        users: UserIds | None = None,
         releases_per_draw: int | None = None,
         independence_check: bool = True,
         independent_buffers: Sequence[str] = (),
@@ -134,6 +149,9 @@ class DifferentialPrivacy(Callback):
             accountant=accountant,
             loss_reduction=loss_reduction,
             unit=unit,
+            user_sampling=user_sampling,
+            group_size=group_size,
+            users=users,
             releases_per_draw=releases_per_draw,
             independence_check=independence_check,
             independent_buffers=tuple(independent_buffers),
@@ -232,7 +250,13 @@ class DifferentialPrivacy(Callback):
     def _prepare_loader(self, dataloader: Any) -> PrivateLoader:
         check_loader(dataloader)
         trainer, state = self._trainer, self._state
-        sampling = sampling_of(self.settings, dataloader, trainer.world_size)
+        if state.bound_seed is None:
+            seed = self.settings.test_seed
+            state.bound_seed = fresh_secret() if seed is None else secret_from_seed(seed)
+        population = Population(
+            self.settings, dataloader.dataset, trainer.datamodule, state.bound_seed
+        )
+        sampling = sampling_of(self.settings, dataloader, trainer.world_size, population)
         first = self._so_far is None
         plan = make_plan(self.settings, state, trainer, sampling)
         to_come = plan.release(plan.steps - state.ledger.count)
@@ -242,9 +266,7 @@ class DifferentialPrivacy(Callback):
             rank_zero_info(f"DifferentialPrivacy: {sampling.note}.")
         return PrivateLoader(
             dataloader,
-            PoissonSampler(
-                size=len(dataloader.dataset), sample_rate=plan.sample_rate, secret=self._secret
-            ),
+            population.sampler(plan, self._secret),
             sampling.steps_per_epoch,
             lambda: state.cursor,
             whole_draws=not trainer.lightning_module.automatic_optimization,

@@ -132,6 +132,7 @@ def _plan_of_recipe(
     files: Sequence[str], others: Sequence[str]
 ) -> tuple[PrivacyPlan, int, float | None, bool]:
     from lightning_privacy.callbacks._planning import make_plan, sampling_of
+    from lightning_privacy.callbacks._population import Population
     from lightning_privacy.callbacks._state import RunState
     from lightning_privacy.cli.training import read_recipe
 
@@ -139,9 +140,11 @@ def _plan_of_recipe(
     recipe = read_recipe([*words, *others])
     loader = recipe.train_dataloader()
     settings = recipe.privacy.settings
-    sampling = sampling_of(settings, loader, world_size=1)
+    # How many examples of each user take part does not depend on the seed, only which ones.
+    population = Population(settings, loader.dataset, recipe.data, seed=bytes(16))
+    sampling = sampling_of(settings, loader, 1, population)
     plan = make_plan(settings, RunState(), _planned_trainer(recipe.trainer), sampling)
-    size = settings.dataset_size or len(loader.dataset)
+    size = settings.dataset_size or population.size
     return plan, size, settings.epsilon, settings.noise_multiplier is not None
 
 

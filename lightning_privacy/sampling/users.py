@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_privacy.errors import ConfigurationError
-from lightning_privacy.types import whole_number
+from lightning_privacy.types import USER_SAMPLINGS, one_of, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,6 +157,38 @@ def checked_group_size(group_size: object) -> int:
     )
 
 
+def check_user_sampling(user_sampling: object) -> None:
+    """Refuses a way to draw that is not offered.
+
+    Args:
+        user_sampling: What was given.
+
+    Raises:
+        ConfigurationError: It is neither "users" nor "examples".
+    """
+    one_of(
+        "user_sampling",
+        user_sampling,
+        USER_SAMPLINGS,
+        cost="a guarantee for users without a rule how they are drawn",
+        remedy="use 'users', which needs less noise where the examples of a user differ",
+    )
+
+
+def user_settings_without_users() -> ConfigurationError:
+    """The refusal of settings for users where the unit is an example.
+
+    Returns:
+        The error, to be raised.
+    """
+    return ConfigurationError(
+        must="`users`, `user_sampling` and `group_size` go with unit='user'",
+        found="one of them with unit='example'",
+        cost="an ε for single examples where one for users was meant",
+        remedy="add unit='user', or leave them out",
+    )
+
+
 def _column(dataset: Any, name: str) -> Iterable[Hashable]:
     ids = _attribute(dataset, name)
     if ids is not None:
@@ -246,7 +278,7 @@ def _keyed(key: Hashable, seed: bytes) -> np.random.Generator:
         raise ConfigurationError(
             must="the id of a user has a name that is the same in every run",
             found=f"{name}, which holds a memory address",
-            cost="after a resume other examples of the user would be used, beyond group_size",
+            cost="examples chosen anew after a resume, where they are to be fixed for the run",
             remedy="use strings, numbers or tuples as ids, or give the class a __repr__",
         )
     digest = hashlib.blake2b(name.encode(), key=seed, digest_size=16, person=b"lp-bound")
