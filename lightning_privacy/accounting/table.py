@@ -28,6 +28,7 @@ def plan_table(  # noqa: PLR0913 (the command line's options)
     noise_multiplier: float | None = None,
     accountant: AccountantName = "pld",
     precision_slack: float = 1e-4,
+    group_size: int = 1,
 ) -> tuple[dict[str, float | int], ...]:
     """Returns what a configuration would cost at several expected batch sizes.
 
@@ -44,6 +45,7 @@ def plan_table(  # noqa: PLR0913 (the command line's options)
         noise_multiplier: Noise > 0, instead of ``epsilon``: each row has the ε that it costs.
         accountant: Which accountant to ask.
         precision_slack: τ in [0, 1), relative excess of a clipped contribution through rounding.
+        group_size: Most parts of one unit, >= 1, each drawn on its own.
 
     Returns:
         One row for each batch size with the keys "expected_batch_size", "sample_rate", "steps",
@@ -63,11 +65,18 @@ def plan_table(  # noqa: PLR0913 (the command line's options)
         count = _steps(epochs, steps, rate)
         if epsilon is not None:
             effective = noise_multiplier_for(
-                epsilon=epsilon, delta=delta, sample_rate=rate, steps=count, accountant=accountant
+                epsilon=epsilon,
+                delta=delta,
+                sample_rate=rate,
+                steps=count,
+                accountant=accountant,
+                group_size=group_size,
             )
         else:
             effective = _checked_noise(noise_multiplier) / slack
-        release = GaussianRelease(noise_multiplier=effective, sample_rate=rate, count=count)
+        release = GaussianRelease(
+            noise_multiplier=effective, sample_rate=rate, count=count, group_size=group_size
+        )
         rows.append(
             {
                 "expected_batch_size": batch,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.accounting.rounding import shown_epsilon
+from lightning_privacy.cli.tables import print_table
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.plan import PrivacyPlan, plan_table, precision_slack_for, resolve_sampling
 from lightning_privacy.types import ACCOUNTANT_NAMES
@@ -37,6 +39,11 @@ def print_plan(words: Sequence[str]) -> None:
     Raises:
         ConfigurationError: A number is missing, out of range, or contradicts another.
     """
+    if _is_for_users(words):
+        from lightning_privacy.cli.user_planning import print_user_plan
+
+        print_user_plan(words)
+        return
     options, others = _parser().parse_known_args(words)
     if options.config is not None:
         plan, size, budget, fixed_noise = _plan_of_recipe(options.config, others)
@@ -55,6 +62,10 @@ def print_plan(words: Sequence[str]) -> None:
     _print_batch_sizes(plan, size, batch_sizes, None if fixed_noise else budget)
 
 
+def _is_for_users(words: Sequence[str]) -> bool:
+    return "--unit=user" in words or ("--unit", "user") in pairwise(words)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-privacy plan",
@@ -64,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-c", "--config", action="append", metavar="FILE", help="a recipe, as for `fit`")
+    add("--unit", choices=("example",), help="or `user`, which has options of its own")
     add("--dataset_size", type=int, metavar="N", help="number of units")
     add("--expected_batch_size", type=int, metavar="B", help="units drawn by a step, on average")
     add("--epochs", type=float, help="passes over the data")
@@ -175,7 +187,7 @@ def _print(plan: PrivacyPlan, budget: float | None) -> None:
     rows = plan.describe()
     if budget is not None:
         rows["steps until epsilon reaches the budget"] = str(plan.max_steps(budget))
-    _table("What this configuration costs", ("", ""), list(rows.items()))
+    print_table("What this configuration costs", ("", ""), list(rows.items()))
 
 
 def _print_batch_sizes(
@@ -190,9 +202,10 @@ def _print_batch_sizes(
         noise_multiplier=plan.noise_multiplier if budget is None else None,
         accountant=plan.accountant,
         precision_slack=plan.precision_slack,
+        group_size=plan.parts_of_unit,
     )
     titles = ("batch", "sample rate", "steps", "noise multiplier", "epsilon", "noise / batch")
-    _table(
+    print_table(
         "The same passes over the data with other expected batch sizes",
         titles,
         [
@@ -207,15 +220,3 @@ def _print_batch_sizes(
             for row in rows
         ],
     )
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=any(columns), title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right" if any(columns) else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
