@@ -12,6 +12,7 @@ from lightning_privacy.accounting import (
     max_steps,
     noise_multiplier_for,
     plan_table,
+    ranges,
 )
 from lightning_privacy.accounting.accountants import (
     check_accountant,
@@ -19,8 +20,8 @@ from lightning_privacy.accounting.accountants import (
     refuse_groups,
 )
 from lightning_privacy.accounting.precision import precision_slack_for
-from lightning_privacy.accounting.ranges import COUNTS, RANGES
 from lightning_privacy.accounting.rounding import shown_epsilon
+from lightning_privacy.accounting.tiers import Tier
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.sampling.rate import resolve_sampling
 from lightning_privacy.sampling.users import (
@@ -81,6 +82,10 @@ class PrivacyPlan:
         precision_slack: τ in [0, 1), relative excess of a clipped contribution through rounding.
         releases_per_draw: m >= 1, how many noised gradients are published for one draw.
         deterministic: Noise and draws come from a known seed: the ε is infinite.
+        tiers: Individual budgets of users, as shares of clip norm and rate, which are then the
+            largest ones, and so is ε.
+        tiers_published: Whether the tiers are public. Where they follow from users' own records,
+            the largest ε is all that may be published.
 
     Raises:
         ConfigurationError: A value is outside its range.
@@ -101,16 +106,18 @@ class PrivacyPlan:
     precision_slack: float = 1e-4
     releases_per_draw: int = 1
     deterministic: bool = False
+    tiers: tuple[Tier, ...] = ()
+    tiers_published: bool = True
 
     def __post_init__(self) -> None:
         """Checks every field, and normalises numbers and names."""
         self._check_names()
         self._check_users()
         self._set("delta", checked_delta(self.delta))
-        for name, (within, cost, remedy) in RANGES.items():
+        for name, (within, cost, remedy) in ranges.RANGES.items():
             number = real_number(name, getattr(self, name), within, cost=cost, remedy=remedy)
             self._set(name, number)
-        for name, (cost, remedy) in COUNTS.items():
+        for name, (cost, remedy) in ranges.COUNTS.items():
             count = whole_number(name, getattr(self, name), at_least=1, cost=cost, remedy=remedy)
             self._set(name, count)
         if self.noise_multiplier == 0 and not self.deterministic:
@@ -253,6 +260,18 @@ class PrivacyPlan:
             return math.inf if releases[0].count else 0.0
         return epsilon(releases, self.delta, self.accountant)
 
+    def epsilon_by_tier(self) -> dict[str, float]:
+        """Returns the ε of the planned steps for the users of each tier, where tiers are public.
+
+        Returns:
+            ε by tier; each is at most `epsilon`. Empty where tiers are private or there are none.
+        """
+        if not self.tiers_published or self.deterministic:
+            return {}
+        whole = self.release(self.steps)
+        own = {tier.name: [tier.release(whole)] for tier in self.tiers}
+        return {name: epsilon(each, self.delta, self.accountant) for name, each in own.items()}
+
     def max_steps(self, epsilon: float) -> int:
         """Returns how many private steps fit a budget.
 
@@ -284,7 +303,7 @@ class PrivacyPlan:
         spent = self.epsilon()
         rows = {
             "privacy unit": str(self.unit),
-            "neighbours": _RELATION_WORDS[self.relation],
+            "neighbours": ranges.RELATION_WORDS[self.relation],
             "epsilon": "infinite (deterministic test mode)"
             if math.isinf(spent)
             else shown_epsilon(spent),
@@ -301,7 +320,13 @@ class PrivacyPlan:
         if self.releases_per_draw > 1:
             rows["releases per draw"] = str(self.releases_per_draw)
         if self.user_sampling is not None:
-            rows["drawn and clipped"] = _DRAWN_WORDS[self.user_sampling].format(self.group_size)
+            rows["drawn and clipped"] = ranges.DRAWN_WORDS[self.user_sampling].format(
+                self.group_size
+            )
+        for name, value in self.epsilon_by_tier().items():
+            rows[f"epsilon of tier {name}"] = shown_epsilon(value)
+        if self.tiers and not self.tiers_published:
+            rows["tiers"] = ranges.PRIVATE_TIERS
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -365,18 +390,10 @@ class PrivacyPlan:
         elif self.user_sampling is not None or self.group_size is not None:
             raise user_settings_without_users()
         refuse_groups(self.parts_of_unit, self.accountant)
+        tiers = (t if isinstance(t, Tier) else Tier(**t) for t in self.tiers)
+        self._set("tiers", tuple(tiers))
+        if self.tiers and self.user_sampling != "users":
+            raise user_settings_without_users()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-
-
-_RELATION_WORDS = {
-    NeighbouringRelation.ADD_OR_REMOVE: "one unit added or removed",
-    NeighbouringRelation.ZERO_OUT: "one unit zeroed out (the number of units is public)",
-}
-
-
-_DRAWN_WORDS = {
-    "users": "users; the mean over at most {} examples of each",
-    "examples": "examples, out of at most {} of each user",
-}

@@ -27,9 +27,10 @@ import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
 from lightning_privacy.clipping.capture import Capture
 from lightning_privacy.clipping.guards import LeakGuard
 from lightning_privacy.clipping.layout import Layouts
-from lightning_privacy.clipping.norms import clipping_rule
+from lightning_privacy.clipping.norms import ClippingRule, clipping_rule
 from lightning_privacy.clipping.open_unit import OpenUnit
 from lightning_privacy.clipping.probe import learn_layouts
+from lightning_privacy.clipping.tiers import TieredClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
 
@@ -209,7 +210,11 @@ class PrivateStep:
         units: Units,
         buffer: RowBuffer | None = None,
     ) -> None:
-        part = clipped_sum(found, self.parameters, units, self._rule, buffer)
+        rule: ClippingRule = self._rule
+        if self._rows is not None and self._rows.clip_shares is not None:
+            shares = torch.tensor(self._rows.clip_shares, device=units.scale.device)
+            rule = TieredClipping(rule, shares)
+        part = clipped_sum(found, self.parameters, units, rule, buffer)
         for name, gradient in part.gradients.items():
             self._add(name, gradient)
         if part.buffered is not None and self._buffered_sum is not None:

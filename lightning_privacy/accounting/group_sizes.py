@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_privacy.accounting.accountants import checked_delta
@@ -151,31 +152,40 @@ def compare_group_sizes(
             cost="an empty table",
             remedy="pass for instance [1, 2, 4, 8]",
         )
+    counted = facts.examples if examples is None else examples
     rows = []
     for group_size in group_sizes:
         size = whole_number(
             "group_sizes", group_size, at_least=1, cost="users of nothing", remedy="pass sizes >= 1"
         )
-        budget = {"epsilon": epsilon, "delta": delta, "steps": steps}
-        rate = batch / (facts.examples if examples is None else examples)(size)
-        drawn = batch / min(size, facts.examples_per_user)
-        by_example = by_user = None
-        if rate <= 1:
-            by_example = noise_multiplier_for(sample_rate=rate, group_size=size, **budget)  # type: ignore[arg-type]
-        if _LEAST_USERS <= drawn <= facts.users:
-            by_user = noise_multiplier_for(sample_rate=drawn / facts.users, **budget)  # type: ignore[arg-type]
-        rows.append(
-            GroupSizeRow(
-                group_size=size,
-                example_rate=None if by_example is None else rate,
-                example_noise=by_example,
-                users_per_step=None if by_user is None else drawn,
-                user_noise=by_user,
-                by_examples=None if by_example is None else by_example / batch,
-                by_users=None if by_user is None else by_user / drawn * facts.norm_of_mean(size),
-            )
-        )
+        rate, drawn = batch / counted(size), batch / min(size, facts.examples_per_user)
+        noise = partial(noise_multiplier_for, epsilon=epsilon, delta=delta, steps=steps)
+        by_example = noise(sample_rate=rate, group_size=size) if rate <= 1 else None
+        possible = _LEAST_USERS <= drawn <= facts.users
+        by_user = noise(sample_rate=drawn / facts.users) if possible else None
+        rows.append(_row(facts, batch, size, rate, drawn, by_example, by_user))
     return tuple(rows)
+
+
+def _row(
+    facts: UserFacts,
+    batch: float,
+    size: int,
+    rate: float,
+    drawn: float,
+    by_example: float | None,
+    by_user: float | None,
+) -> GroupSizeRow:
+    norm = facts.norm_of_mean(size)
+    return GroupSizeRow(
+        group_size=size,
+        example_rate=None if by_example is None else rate,
+        example_noise=by_example,
+        users_per_step=None if by_user is None else drawn,
+        user_noise=by_user,
+        by_examples=None if by_example is None else by_example / batch,
+        by_users=None if by_user is None else by_user / drawn * norm,
+    )
 
 
 def recommended(

@@ -56,7 +56,7 @@ class _Mechanism(NamedTuple):
 
     sigma: float
     rate: float
-    count: int
+    times: int
     group: int = 1
 
 
@@ -96,7 +96,7 @@ def pld_epsilon(releases: Sequence[GaussianRelease], delta: float, discretizatio
     mechanisms = _mechanisms(releases)
     if _hopeless(mechanisms):
         # Zero-concentrated DP of the unsampled releases (Bun and Steinke, arXiv 1605.02065).
-        rho = sum(0.5 * part.count * (part.group / part.sigma) ** 2 for part in mechanisms)
+        rho = sum(0.5 * part.times * (part.group / part.sigma) ** 2 for part in mechanisms)
         return rho + 2 * math.sqrt(-rho * math.log(delta))
     return max(_epsilon(side, delta) for side in _directions(mechanisms, discretization))
 
@@ -146,7 +146,7 @@ def _directions(
 ) -> tuple[_Composition, _Composition]:
     width = _grid_width(mechanisms, discretization)
     both = [
-        (_single_losses(part.sigma, part.rate, width, part.group), part.count)
+        (_single_losses(part.sigma, part.rate, width, part.group), part.times)
         for part in mechanisms
     ]
     removed = tuple((pair[0], count) for pair, count in both)
@@ -159,7 +159,7 @@ def _grid_width(mechanisms: list[_Mechanism], discretization: float) -> float:
     total, largest, typical = 0.0, 0.0, 1.0
     for part in mechanisms:
         mean = mean_loss(part.sigma, part.rate, part.group)
-        total += part.count * mean + 20 * math.sqrt(part.count * mean)
+        total += part.times * mean + 20 * math.sqrt(part.times * mean)
         largest = max(largest, *map(abs, _extremes(part)))
         typical = min(typical, math.sqrt(2 * mean))
     # The bound's excess grows with count * width²: at a thirtieth of the typical loss it stays

@@ -1,6 +1,8 @@
-"""The numbers of a plan: what is legal, what a wrong one would cost, what to pass instead."""
+"""The words of a plan: which numbers are legal, what wrong ones cost, how it is described."""
 
 from __future__ import annotations
+
+from lightning_privacy.types import NeighbouringRelation
 
 RANGES = {
     "sample_rate": (
@@ -39,3 +41,14 @@ COUNTS = {
         "pass how many noised gradients one draw leads to, usually 1",
     ),
 }
+RELATION_WORDS = {
+    NeighbouringRelation.ADD_OR_REMOVE: "one unit added or removed",
+    NeighbouringRelation.ZERO_OUT: "one unit zeroed out (the number of units is public)",
+}
+
+
+DRAWN_WORDS = {
+    "users": "users; the mean over at most {} examples of each",
+    "examples": "examples, out of at most {} of each user",
+}
+PRIVATE_TIERS = "by each user's own record, and private: only the epsilon above holds for all"

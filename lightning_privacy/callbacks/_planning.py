@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_privacy.accounting import GaussianRelease, epsilon
 from lightning_privacy.callbacks._state import RunState, budget_spent
+from lightning_privacy.callbacks._tiers import tier_settings, tiered_plan
 from lightning_privacy.errors import BudgetExceededError, ConfigurationError, GuaranteeError
 from lightning_privacy.plan import PrivacyPlan, precision_slack_for, resolve_sampling
 
@@ -76,6 +77,7 @@ def make_plan(
     releases = _releases_per_draw(settings, state, trainer)
     remaining = _remaining(trainer, sampling.steps_per_epoch, releases, state.steps)
     fixed = _fixed_fields(settings, trainer, sampling, releases)
+    tiers = None if settings.tiers is None else tier_settings(settings.tiers, fixed)
     plan = (
         _first(settings, fixed, remaining) if state.plan is None else _same(settings, state, fixed)
     )
@@ -85,7 +87,7 @@ def make_plan(
     planned = _planned(state, remaining)
     _require_room_for_minimum(trainer, state, sampling.steps_per_epoch, planned)
     state.target_epsilon = settings.epsilon if settings.noise_multiplier is None else None
-    state.test_seed = settings.test_seed
+    state.test_seed, state.tiers = settings.test_seed, tiers
     state.plan = replace(plan, steps=max(1, planned))
     return state.plan
 
@@ -120,6 +122,8 @@ def _first(settings: PrivacySettings, fixed: dict[str, Any], remaining: int | No
     if remaining is None:
         raise _endless()
     assert settings.epsilon is not None
+    if settings.tiers is not None:
+        return tiered_plan(settings.tiers, fixed, max(1, remaining))
     return PrivacyPlan.calibrated(
         epsilon=settings.epsilon, steps=max(1, remaining), progress=_Announced(), **fixed
     )
@@ -149,6 +153,9 @@ def _same(settings: PrivacySettings, state: RunState, fixed: dict[str, Any]) -> 
     wanted = {**fixed, "unit": str(fixed["unit"]), "relation": str(fixed["relation"])}
     if settings.noise_multiplier is not None:
         wanted["noise_multiplier"] = settings.noise_multiplier
+    if settings.tiers is not None:
+        # They come from the settings that are compared below.
+        wanted = {name: wanted[name] for name in wanted if name not in {"clip_norm", "sample_rate"}}
     differences = [
         f"{name} {before[name]!r} there, {value!r} here"
         for name, value in wanted.items()
@@ -158,6 +165,9 @@ def _same(settings: PrivacySettings, state: RunState, fixed: dict[str, Any]) -> 
         differences.append(
             f"noise calibrated for ε {state.target_epsilon!r} there, {settings.epsilon!r} here"
         )
+    own = None if settings.tiers is None else tier_settings(settings.tiers, fixed)
+    if state.tiers != own:
+        differences.append(f"tiers {state.tiers!r} there, {own!r} here")
     if state.test_seed != settings.test_seed:
         differences.append("test_seed")
     if differences:

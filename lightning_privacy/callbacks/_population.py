@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.sampling import BoundedSampler, PoissonSampler, UserSampler, user_index
 from lightning_privacy.types import PrivacyUnit
 
 if TYPE_CHECKING:
+    from lightning_privacy.accounting.tiers import Tier
     from lightning_privacy.callbacks._settings import PrivacySettings
     from lightning_privacy.plan import PrivacyPlan
+    from lightning_privacy.sampling import UserIndex
     from lightning_privacy.sampling.base import Sampler
 
 
@@ -33,7 +37,7 @@ class Population:
     def __init__(
         self, settings: PrivacySettings, dataset: Any, beside: object, seed: bytes
     ) -> None:
-        self._settings, self._seed = settings, seed
+        self._settings, self._dataset, self._seed = settings, dataset, seed
         self.size, self.name = len(dataset), "the data set's length"
         self._index = None
         if settings.unit == PrivacyUnit.USER:
@@ -58,11 +62,14 @@ class Population:
             return PoissonSampler(size=self.size, sample_rate=plan.sample_rate, secret=secret)
         assert plan.group_size is not None
         if plan.user_sampling == "users":
+            tiers = self._tiers(plan, self._index)
             return UserSampler(
                 index=self._index,
                 group_size=plan.group_size,
                 sample_rate=plan.sample_rate,
                 secret=secret,
+                rate_shares=None if tiers is None else [tier.rate_share for tier in tiers],
+                clip_shares=None if tiers is None else [tier.clip_share for tier in tiers],
             )
         return BoundedSampler(
             index=self._index,
@@ -71,3 +78,24 @@ class Population:
             secret=secret,
             seed=self._seed,
         )
+
+    def _examples(self, rows: list[int]) -> list[Any]:
+        return [self._dataset[row] for row in rows]
+
+    def _tiers(self, plan: PrivacyPlan, index: UserIndex) -> list[Tier] | None:
+        if self._settings.tiers is None:
+            return None
+        known = {tier.name: tier for tier in plan.tiers}
+        found = []
+        for user, key in enumerate(index.ids):
+            rows = index.rows(user).tolist()
+            name = self._settings.tiers.segmentation.tier_of(key, partial(self._examples, rows))
+            if name not in known:
+                raise ConfigurationError(
+                    must="every user's tier has a target",
+                    found=f"the tier {name!r}, where there are {sorted(known)}",
+                    cost="a user to whom nothing was promised",
+                    remedy="add it to `targets` and `shares`, or mend the segmentation",
+                )
+            found.append(known[name])
+        return found

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning_privacy.sampling.users import UserIds
+    from lightning_privacy.tiers import TierPolicy
 
 _NO_EPSILON = "an ε that cannot be computed, or that says nothing"
 
@@ -55,6 +56,7 @@ class PrivacySettings:
     user_sampling: UserSampling | None
     group_size: int | None
     users: UserIds | None
+    tiers: TierPolicy | None
     releases_per_draw: int | None
     independence_check: bool
     independent_buffers: Sequence[str]
@@ -64,6 +66,7 @@ class PrivacySettings:
 
     def __post_init__(self) -> None:
         """Check every argument that can be checked without a data set."""
+        self._check_tiers()
         self._check_budget()
         self._check_sampling()
         self._check_choices()
@@ -147,8 +150,28 @@ class PrivacySettings:
         units = tuple(str(unit) for unit in PrivacyUnit)
         one_of("unit", self.unit, units, cost=wrong, remedy='use "example"')
 
+    def _check_tiers(self) -> None:
+        if self.tiers is None:
+            return
+        largest = self.tiers.largest_target
+        if self.noise_multiplier is not None or self.epsilon not in {None, largest}:
+            raise ConfigurationError(
+                must="with tiers the noise follows from their targets, and ε is the largest one",
+                found=f"epsilon={self.epsilon}, noise_multiplier={self.noise_multiplier}",
+                cost="a headline other than what the loosest tier gets",
+                remedy=f"leave both out, or pass epsilon={largest:g}",
+            )
+        if self.user_sampling == "examples" or self.accountant != "pld":
+            raise ConfigurationError(
+                must="tiers go with user_sampling='users' and accountant='pld'",
+                found=f"user_sampling={self.user_sampling!r}, accountant={self.accountant!r}",
+                cost="budgets that were calibrated for another mechanism",
+                remedy="leave both out",
+            )
+        object.__setattr__(self, "epsilon", largest)
+
     def _check_users(self) -> None:
-        given = (self.user_sampling, self.group_size, self.users)
+        given = (self.user_sampling, self.group_size, self.users, self.tiers)
         if self.unit != PrivacyUnit.USER:
             if any(value is not None for value in given):
                 raise user_settings_without_users()

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling.users import UserIds
+    from lightning_privacy.tiers import TierPolicy
     from lightning_privacy.types import AccountantName, ClippingKind, LossReduction, UserSampling
 
 _EACH_STEP: Final[dict[str, Any]] = {"on_step": True, "on_epoch": False, "batch_size": 1}
@@ -91,6 +92,8 @@ class DifferentialPrivacy(Callback):
         users: With unit="user", whose rows are whose: the name of a column or attribute of the data
             set or of a key of its examples, a function of an example, or one id for each row. By
             default the attribute ``users`` of the data set or of the data module.
+        tiers: With unit="user", individual budgets. ``clip_norm`` and the rate are then means over
+            all users, and ``epsilon`` is the largest target.
         releases_per_draw: Optimizer steps on one batch, in manual optimization; by default the
             number of optimizers.
         independence_check: Whether to check, before the first step, that each example's gradient
@@ -129,6 +132,7 @@ class DifferentialPrivacy(Callback):
         user_sampling: UserSampling | None = None,
         group_size: int | None = None,
         users: UserIds | None = None,
+        tiers: TierPolicy | None = None,
         releases_per_draw: int | None = None,
         independence_check: bool = True,
         independent_buffers: Sequence[str] = (),
@@ -152,6 +156,7 @@ class DifferentialPrivacy(Callback):
             user_sampling=user_sampling,
             group_size=group_size,
             users=users,
+            tiers=tiers,
             releases_per_draw=releases_per_draw,
             independence_check=independence_check,
             independent_buffers=tuple(independent_buffers),

@@ -58,6 +58,8 @@ def print_plan(words: Sequence[str]) -> None:
         plan, size = _plan_of_numbers(options)
         budget, fixed_noise = options.epsilon, options.noise_multiplier is not None
     _print(plan, budget if fixed_noise else None)
+    if plan.tiers:
+        return  # other batch sizes have other tiers
     batch_sizes = options.batch_sizes or _around(plan, size)
     _print_batch_sizes(plan, size, batch_sizes, None if fixed_noise else budget)
 

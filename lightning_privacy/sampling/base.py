@@ -40,17 +40,31 @@ class UnitRows:
         sizes: For each unit the number of its rows in the whole draw, of which its gradient is
             the mean.
         unfinished: Whether the unit goes on in the next micro-batch. It is then the only one.
+        clip_shares: For each unit its share of the clip norm, in (0, 1]; None where all have the
+            whole.
 
     Raises:
-        GuaranteeError: The numbers of units do not agree, or an unfinished unit is not alone.
+        GuaranteeError: The numbers of units do not agree, an unfinished unit is not alone, or a
+            share is outside its range.
     """
 
     index: tuple[int, ...]
     sizes: tuple[int, ...]
     unfinished: bool = False
+    clip_shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what would clip a part of a unit, or two units as one."""
+        """Refuses what would clip a part of a unit, two units as one, or above the clip norm."""
+        shares = self.clip_shares
+        if shares is not None and (
+            len(shares) != len(self.sizes) or not all(0 < share <= 1 for share in shares)
+        ):
+            raise GuaranteeError(
+                must="each unit has a share of the clip norm, above 0 and at most 1",
+                found=f"{len(shares)} shares for {len(self.sizes)} units, up to {max(shares)}",
+                cost="a unit whose contribution exceeds clip_norm",
+                remedy="pass for each unit the clip norm of its tier over the largest one",
+            )
         if set(self.index) != set(range(len(self.sizes))) or (
             self.unfinished and len(self.sizes) != 1
         ):
@@ -134,7 +148,11 @@ def micro_batches(
     )
 
 
-def packed(units: Sequence[np.ndarray], physical_batch_size: int | None) -> tuple[MicroBatch, ...]:
+def packed(
+    units: Sequence[np.ndarray],
+    physical_batch_size: int | None,
+    clip_shares: Sequence[float] | None = None,
+) -> tuple[MicroBatch, ...]:
     """Cuts a draw of units of several rows into micro-batches that keep units together.
 
     Whole units share a micro-batch as far as they fit, larger ones first. A unit that is larger
@@ -144,6 +162,7 @@ def packed(units: Sequence[np.ndarray], physical_batch_size: int | None) -> tupl
     Args:
         units: For each unit its row numbers, at least one; no row twice.
         physical_batch_size: Most rows in one pass, >= 1; None puts the whole draw into one.
+        clip_shares: For each unit its share of the clip norm, in (0, 1]; None for the whole.
 
     Returns:
         At least one micro-batch; of an empty draw one row of weight 0.
@@ -155,22 +174,22 @@ def packed(units: Sequence[np.ndarray], physical_batch_size: int | None) -> tupl
         return micro_batches((), physical_batch_size)
     most = _most_rows(physical_batch_size, sum(map(len, units)))
     parts: list[MicroBatch] = []
-    waiting: list[np.ndarray] = []
+    waiting: list[int] = []
     room = most
-    for unit in sorted(units, key=len, reverse=True):
-        if len(unit) > most:
-            parts.extend(_spread(unit, most))
+    for number in sorted(range(len(units)), key=lambda unit: len(units[unit]), reverse=True):
+        size = len(units[number])
+        if size > most:
+            parts.extend(_spread(units[number], most, _shares_of(clip_shares, [number])))
             continue
-        if len(unit) > room:
-            parts.append(_together(waiting))
+        if size > room:
+            parts.append(_together(units, waiting, clip_shares))
             waiting, room = [], most
-        waiting.append(unit)
-        room -= len(unit)
-    return (*parts, _together(waiting)) if waiting else tuple(parts)
+        waiting.append(number)
+        room -= size
+    return (*parts, _together(units, waiting, clip_shares)) if waiting else tuple(parts)
 
 
-def _spread(unit: np.ndarray, most: int) -> list[MicroBatch]:
-    starts = range(0, len(unit), most)
+def _spread(unit: np.ndarray, most: int, shares: tuple[float, ...] | None) -> list[MicroBatch]:
     return [
         _micro_batch(
             unit[start : start + most].tolist(),
@@ -178,17 +197,27 @@ def _spread(unit: np.ndarray, most: int) -> list[MicroBatch]:
                 index=(0,) * len(unit[start : start + most]),
                 sizes=(len(unit),),
                 unfinished=start + most < len(unit),
+                clip_shares=shares,
             ),
         )
-        for start in starts
+        for start in range(0, len(unit), most)
     ]
 
 
-def _together(units: Sequence[np.ndarray]) -> MicroBatch:
-    sizes = tuple(len(unit) for unit in units)
-    index = tuple(number for number, size in enumerate(sizes) for _ in range(size))
-    rows = [row for unit in units for row in unit.tolist()]
-    return _micro_batch(rows, UnitRows(index=index, sizes=sizes))
+def _together(
+    units: Sequence[np.ndarray], numbers: Sequence[int], clip_shares: Sequence[float] | None
+) -> MicroBatch:
+    sizes = tuple(len(units[number]) for number in numbers)
+    index = tuple(place for place, size in enumerate(sizes) for _ in range(size))
+    rows = [row for number in numbers for row in units[number].tolist()]
+    shares = _shares_of(clip_shares, numbers)
+    return _micro_batch(rows, UnitRows(index=index, sizes=sizes, clip_shares=shares))
+
+
+def _shares_of(
+    clip_shares: Sequence[float] | None, numbers: Sequence[int]
+) -> tuple[float, ...] | None:
+    return None if clip_shares is None else tuple(clip_shares[number] for number in numbers)
 
 
 def _micro_batch(rows: list[int], units: UnitRows) -> MicroBatch:

@@ -32,7 +32,8 @@ class UserSampler:
         group_size: Most examples of a user in one draw, >= 1.
         sample_rate: Probability q of each user, in (0, 1].
         secret: As for `PoissonSampler`.
-        shares: For each user the rate relative to ``sample_rate``, in (0, 1]; all 1 by default.
+        rate_shares: For each user the rate relative to ``sample_rate``, in (0, 1]; 1 by default.
+        clip_shares: For each user the clip norm relative to the largest one; 1 by default.
 
     Attributes:
         size: Number of rows of the data set.
@@ -48,12 +49,14 @@ class UserSampler:
         group_size: int,
         sample_rate: float,
         secret: bytes,
-        shares: Sequence[float] | None = None,
+        rate_shares: Sequence[float] | None = None,
+        clip_shares: Sequence[float] | None = None,
     ) -> None:
         self.size = index.size
         self._index, self._group_size = index, checked_group_size(group_size)
         self._users = PoissonSampler(size=index.count, sample_rate=sample_rate, secret=secret)
-        self._shares = None if shares is None else np.asarray(shares, dtype=np.float64)
+        self._rates = None if rate_shares is None else np.asarray(rate_shares, dtype=np.float64)
+        self._clips = clip_shares
 
     def draw(self, cursor: int) -> list[np.ndarray]:
         """Returns the rows of each drawn user.
@@ -76,7 +79,9 @@ class UserSampler:
         Returns:
             At least one micro-batch.
         """
-        return packed(self.draw(cursor), physical_batch_size)
+        chosen = self._chosen(cursor)
+        clips = None if self._clips is None else [self._clips[user] for user, _ in chosen]
+        return packed([rows for _, rows in chosen], physical_batch_size, clips)
 
     def worker_seed(self, cursor: int) -> int:
         """Returns a seed for data-loading workers; see `PoissonSampler.worker_seed`.
@@ -91,8 +96,8 @@ class UserSampler:
 
     def _chosen(self, cursor: int) -> list[tuple[int, np.ndarray]]:
         users = self._users.draw(cursor)
-        if self._shares is not None:
-            kept = self._users.stream(b"shares", cursor).random(len(users)) < self._shares[users]
+        if self._rates is not None:
+            kept = self._users.stream(b"rates", cursor).random(len(users)) < self._rates[users]
             users = users[kept]
         stream, chosen = self._users.stream(b"choice", cursor), []
         for user in users.tolist():
@@ -148,7 +153,8 @@ class BoundedSampler:
         Returns:
             Row numbers of the data set, ascending, int64; may be empty.
         """
-        return self._rows[self._examples.draw(cursor)]
+        rows: np.ndarray = self._rows[self._examples.draw(cursor)]
+        return rows
 
     def plan(self, cursor: int, physical_batch_size: int | None) -> tuple[MicroBatch, ...]:
         """Cuts a draw into micro-batches; see `micro_batches`.

@@ -192,7 +192,7 @@ def user_settings_without_users() -> ConfigurationError:
 def _column(dataset: Any, name: str) -> Iterable[Hashable]:
     ids = _attribute(dataset, name)
     if ids is not None:
-        return ids
+        return list(ids)
     first = dataset[0]
     if isinstance(first, Mapping) and name in first:
         return (dataset[row][name] for row in range(len(dataset)))

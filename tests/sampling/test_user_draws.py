@@ -72,7 +72,7 @@ def test_shares_lower_the_rate_of_some_users_and_nobody_elses():
     shares = [1.0, 0.5, 1.0, 0.25, 1.0]
     drawn = np.zeros(len(COUNTS), int)
     for cursor in range(4000):
-        for rows in users(rate=0.4, shares=shares).draw(cursor):
+        for rows in users(rate=0.4, rate_shares=shares).draw(cursor):
             drawn[IDS[rows[0]]] += 1
     for number, share in zip(drawn, shares, strict=True):
         assert binomial(int(number), 4000, 0.4 * share)
