@@ -46,7 +46,7 @@ class Population:
         if settings.user_sampling == "examples" and self._index is not None:
             assert settings.group_size is not None
             self.size = len(self._index.bounded(settings.group_size, seed))
-            self.name = f"the number of examples, at most {settings.group_size} of each user,"
+            self.name = f"the number of examples (at most {settings.group_size} of each user)"
 
     def sampler(self, plan: PrivacyPlan, secret: bytes) -> Sampler:
         """Make the draws.

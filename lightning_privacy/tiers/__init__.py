@@ -16,6 +16,7 @@ from lightning_privacy.tiers.segmentation import (
     OwnRecordTiers,
     PublicTiers,
     Segmentation,
+    VolumeTiers,
 )
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "SensitivityPolicy",
     "TierMeasures",
     "TierPolicy",
+    "VolumeTiers",
     "measured_texts",
 ]

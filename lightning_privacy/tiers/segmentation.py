@@ -137,6 +137,33 @@ class OwnRecordTiers:
         return self._tier_of(examples())
 
 
+class VolumeTiers(OwnRecordTiers):
+    """Tiers by how many examples a user has: who contributes more is protected more.
+
+    Args:
+        limits: For each tier the largest number of examples, rising; the last one is for all above.
+
+    Raises:
+        ConfigurationError: There are fewer than two tiers, or the limits do not rise.
+    """
+
+    def __init__(self, limits: dict[str, int]) -> None:
+        sizes = list(limits.values())
+        if len(sizes) < 2 or sizes != sorted(set(sizes)):
+            raise ConfigurationError(
+                must="`limits` names at least two tiers with rising numbers of examples",
+                found=f"{limits}",
+                cost="users who belong to no tier, or to two",
+                remedy="for example {'light': 3, 'heavy': 1000}",
+            )
+
+        def tier_of(examples: Sequence[Any]) -> str:
+            fitting = (name for name, limit in limits.items() if len(examples) <= limit)
+            return next(fitting, list(limits)[-1])
+
+        super().__init__(tier_of)
+
+
 class FittedTiers:
     """A model of scikit-learn that was fitted on public data, and then applied user by user.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
-from lightning_privacy.tiers import ColumnTiers, FittedTiers, OwnRecordTiers, PublicTiers
+from lightning_privacy.tiers import ColumnTiers, FittedTiers, OwnRecordTiers, PublicTiers, VolumeTiers
 
 ROWS = [{"tier": "strict", "text": "a"}, {"tier": "strict", "text": "b"}]
 
@@ -39,6 +39,16 @@ def test_a_rule_on_the_own_record_is_marked():
     rule = OwnRecordTiers(lambda examples: "strict" if len(examples) > 1 else "usual")
     assert rule.tier_of("ann", rows) == "strict"
     assert rule.basis == "own_record"
+
+
+def test_volume_is_a_rule_on_the_own_record():
+    rule = VolumeTiers({"light": 2, "heavy": 10})
+    tiers = [rule.tier_of("ann", lambda count=count: [0] * count) for count in (1, 2, 3, 10, 99)]
+    assert tiers == ["light", "light", "heavy", "heavy", "heavy"]
+    assert rule.basis == "own_record"
+    for limits in ({"one": 1}, {"a": 3, "b": 3}, {"a": 3, "b": 1}):
+        with pytest.raises(ConfigurationError, match="at least two tiers with rising numbers"):
+            VolumeTiers(limits)
 
 
 def volumes(user, examples):
