@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
 from lightning_privacy.clipping.capture import Capture
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 
 # Small parameters share one draw of noise, up to so many elements; a larger one has its own.
-_SMALL, _BUNDLE = 2**20, 2**24
+_SMALL, _BUNDLE = 2**20, 2**26
 
 
 class StepStatistics:
@@ -55,7 +56,9 @@ class StepStatistics:
     Values are computed when first asked for, so that a training step does not wait for them.
     """
 
-    def __init__(self, parts: Sequence[ClippedSum], noise_norm: float, signal: Tensor) -> None:
+    def __init__(
+        self, parts: Sequence[ClippedSum], noise_norm: float, signal: Tensor | None
+    ) -> None:
         self._parts = tuple(
             (part.members, part.norms, part.factors, part.nonfinite) for part in parts
         )
@@ -83,8 +86,13 @@ class StepStatistics:
         return float(self._sum(lambda _m, norms, *_: norms)) / max(1, self.units - self.nonfinite)
 
     @cached_property
-    def noise_to_signal(self) -> float:
-        """Expected norm of the noise over the norm of the clipped sum; infinite for a zero sum."""
+    def noise_to_signal(self) -> float | None:
+        """Expected norm of the noise over that of the clipped sum, which may be zero.
+
+        None where the release did not measure it.
+        """
+        if self._signal is None:
+            return None
         signal = float(self._signal)
         return self._noise_norm / signal if signal else float("inf")
 
@@ -126,6 +134,8 @@ class PrivateStep:
         self.layouts = Layouts()
         self._plan, self._noise, self._loss_reduction = plan, noise, loss_reduction
         self._rule = clipping_rule(plan.clipping, plan.clip_norm, self.parameters)
+        # Sums are kept divided by the public constant: one pass over the gradients less.
+        self._share = 1.0 / plan.expected_batch_size
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._guard = LeakGuard(self.parameters)
         self._capture: Capture | None = None
@@ -214,7 +224,7 @@ class PrivateStep:
         if self._rows is not None and self._rows.clip_shares is not None:
             shares = torch.tensor(self._rows.clip_shares, device=units.scale.device)
             rule = TieredClipping(rule, shares)
-        part = clipped_sum(found, self.parameters, units, rule, buffer)
+        part = clipped_sum(found, self.parameters, units, rule, buffer, self._share)
         for name, gradient in part.gradients.items():
             self._add(name, gradient)
         if part.buffered is not None and self._buffered_sum is not None:
@@ -237,7 +247,11 @@ class PrivateStep:
 
     # ------------------------------------------------------------------ the release
     def release(
-        self, release: int, parameters: Iterable[nn.Parameter] | None = None
+        self,
+        release: int,
+        parameters: Iterable[nn.Parameter] | None = None,
+        *,
+        signal: bool = True,
     ) -> StepStatistics:
         """Write ``(S + N(0, (sigma C)^2 I)) / expected_batch_size`` to ``.grad``.
 
@@ -248,6 +262,7 @@ class PrivateStep:
         Args:
             release: number of this release; keys the noise and must never repeat.
             parameters: those of one optimizer; None releases all.
+            signal: whether to measure the clipped sum for the statistics, a pass over it.
 
         Returns:
             Statistics of the draw.
@@ -256,29 +271,21 @@ class PrivateStep:
         if self._open:
             raise _incomplete_unit()
         chosen = self.parameters if parameters is None else self._chosen(parameters)
-        std = self._plan.noise_multiplier * self._rule.sensitivity
+        std = self._plan.noise_multiplier * self._rule.sensitivity * self._share
         squares, size = [], 0
-        self._spread_buffered()
         for names in self._bundles(chosen):
             total = self._total(names)
-            squares.append(torch.linalg.vector_norm(total).float())
             size += total.numel()
+            if signal:
+                squares.append(torch.linalg.vector_norm(total).float())
             if std:
                 self._noise.add_(total, "\n".join(names), release, std)
-            total /= self._plan.expected_batch_size
             self._hand_over(names, total)
-        signal = torch.linalg.vector_norm(torch.stack(squares))
-        statistics = StepStatistics(self._parts, std * size**0.5, signal)
-        if not self._sums or parameters is None:
+        norm = torch.linalg.vector_norm(torch.stack(squares)) if squares else None
+        statistics = StepStatistics(self._parts, std * size**0.5, norm)
+        if parameters is None or (not self._sums and self._buffered_sum is None):
             self.discard()
         return statistics
-
-    def _spread_buffered(self) -> None:
-        if self._buffered_sum is None or self._buffered is None:
-            return
-        for name, gradient in self._buffered.pieces(self._buffered_sum):
-            self._add(name, gradient)
-        self._buffered_sum = None
 
     def _bundles(self, chosen: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, ...]]:
         """Parameters that get their noise in one draw: a function of the chosen ones alone."""
@@ -295,6 +302,14 @@ class PrivateStep:
 
     def _total(self, names: tuple[str, ...]) -> Tensor:
         """The clipped sums of a bundle, flat; zeros where nothing contributed."""
+        buffered = self._buffered_sum
+        if buffered is not None and self._buffered is not None:
+            whole = names == tuple(self._buffered.shapes) and self._sums.keys().isdisjoint(names)
+            self._buffered_sum = None
+            if whole:
+                return buffered
+            for name, gradient in self._buffered.pieces(buffered):
+                self._add(name, gradient)
         parts = []
         for name in names:
             parameter, total = self.parameters[name], self._sums.pop(name, None)
@@ -306,9 +321,9 @@ class PrivateStep:
 
     def _hand_over(self, names: tuple[str, ...], total: Tensor) -> None:
         members = [self.parameters[name] for name in names]
-        pieces = total.to(members[0].dtype).split([member.numel() for member in members])
+        pieces = _unflatten_dense_tensors(total.to(members[0].dtype), members)
         for member, piece in zip(members, pieces, strict=True):
-            member.grad = piece.view(member.shape)
+            member.grad = piece
 
     def discard(self) -> None:
         """Drop the running sums: a draw that is not released."""

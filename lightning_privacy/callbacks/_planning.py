@@ -249,7 +249,8 @@ class EpsilonSoFar:
     """ε after any number of steps, for the progress bar: never too small, and cheap.
 
     Evaluated on a coarser grid of the privacy loss and on a grid of steps, each time at the next
-    point ahead; so it runs up to a tenth of the steps ahead of the truth.
+    point ahead; so it runs ahead of the truth by up to a tenth of the steps made, or a twentieth
+    of those planned.
 
     Args:
         plan: The plan.
@@ -277,7 +278,7 @@ class EpsilonSoFar:
         if self._plan.deterministic:
             return math.inf if count else 0.0
         if count > self._until:
-            self._until = max(count, int(count * self._AHEAD) + 1)
+            self._until = max(int(count * self._AHEAD) + 1, count + self._plan.steps // 20)
             spent = [self._plan.release(self._until)]
             self._value = epsilon(spent, self._plan.delta, self._accountant, self._COARSE)
         return min(self._value, self._planned) if count <= self._plan.steps else self._value

@@ -1,68 +1,33 @@
-"""The training loss of chosen data set rows, as the checks before the first step ask for it."""
+"""The training loss of chosen data set rows, as the checks of independence ask for it."""
 
 from __future__ import annotations
 
 import secrets
-from contextlib import contextmanager
+from collections import deque
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from torchmetrics import Metric
 
-from lightning_privacy.clipping.checks import check_independence, learn
-from lightning_privacy.clipping.layout import Layouts
+from lightning_privacy.clipping.refusals import needs_company, rows_read_together
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from lightning.pytorch import LightningModule
-    from torch import nn
 
-    from lightning_privacy.callbacks._settings import PrivacySettings
     from lightning_privacy.sampling import PrivateLoader
     from lightning_privacy.strategies import PrivateRun
 
 _ROWS = 8
-
-
-def checked_layouts(
-    settings: PrivacySettings, trainer: Any, run: PrivateRun, parameters: Mapping[str, nn.Parameter]
-) -> Layouts:
-    """Learn where the rows of a batch lie, and check that examples are independent.
-
-    Args:
-        settings: What the user configured.
-        trainer: The trainer of the fit.
-        run: The private run, with its loader.
-        parameters: The covered parameters by name.
-
-    Returns:
-        The layouts, for the private step.
-
-    Raises:
-        GuaranteeError: An example's gradient depends on other examples.
-    """
-    module, loader = trainer.lightning_module, run.loader
-    assert loader is not None
-    probe = LossProbe(trainer, loader, run)
-    rows = probe.rows()
-    checks = settings.independence_check and len(rows) > 1
-    # Micro-batches of one row need no layouts; more rows than that may not fit into memory.
-    if not checks and loader.batch_size == 1 and module.automatic_optimization:
-        return Layouts()
-    layouts = learn(module, parameters, probe, rows[0])
-    if checks:
-        check_independence(
-            module,
-            parameters,
-            probe,
-            rows,
-            layouts=layouts,
-            loss_reduction=settings.loss_reduction,
-            low_precision=not str(trainer.precision).startswith(("32", "64")),
-        )
-    return layouts
+# So many times as many rows are looked at, to find some that differ in labels and lengths.
+_CANDIDATES = 4
 
 
 class LossProbe:
@@ -75,22 +40,59 @@ class LossProbe:
         trainer: The trainer of the fit.
         loader: The training loader.
         run: The private run.
+        arguments: What the training step gets besides its batch; by default a ``batch_idx`` of 0,
+            if it takes one.
+
+    Attributes:
+        full_precision: Whether the trainer's autocast is left out.
     """
 
-    def __init__(self, trainer: Any, loader: PrivateLoader, run: PrivateRun) -> None:
+    def __init__(
+        self, trainer: Any, loader: PrivateLoader, run: PrivateRun, arguments: tuple[Any, ...] = ()
+    ) -> None:
         self._trainer, self._loader, self._run = trainer, loader, run
+        self._arguments = arguments
         self._samples: dict[int, Any] = {}
+        self.full_precision = False
 
-    def rows(self) -> list[int]:
-        """Some different rows of the data set.
+    def rows(self, most: int = _ROWS) -> list[int]:
+        """Some rows of the data set that differ in labels, lengths and paddings, if any do.
+
+        Args:
+            most: How many, at most.
 
         Returns:
-            Up to eight positions, drawn afresh for each check, and no more than two or a physical
-            batch, so that they fit into memory; fewer in a data set of fewer rows.
+            Positions, drawn afresh for each check, and no more than two or a physical batch, so
+            that they fit into memory; fewer in a data set of fewer rows.
         """
         size = len(self._loader.dataset)  # type: ignore[arg-type]
-        count = min(_ROWS, size, max(2, self._loader.batch_size or 1))
-        return secrets.SystemRandom().sample(range(size), count)
+        count = min(most, size, max(2, self._loader.batch_size or 1))
+        candidates = secrets.SystemRandom().sample(range(size), min(size, _CANDIDATES * count))
+        try:
+            traits = [_traits(self._collated([row])) for row in candidates]
+        except Exception as error:
+            raise needs_company(error) from error
+        return _most_different(candidates, traits, count)
+
+    def require_rows_apart(self, rows: Sequence[int]) -> None:
+        """Refuse a data set that reads several rows at once and mixes them.
+
+        One that augments at random cannot be compared, and passes.
+
+        Args:
+            rows: Positions of at least two rows.
+
+        Raises:
+            GuaranteeError: A row differs with the rows that are read with it.
+        """
+        if getattr(self._loader.dataset, "__getitems__", None) is None:
+            return
+        alone = [self._read(row) for row in rows]
+        if all(_same(first, self._read(row)) for first, row in zip(alone, rows, strict=True)):
+            together = self._loader.dataset.__getitems__(list(rows))  # type: ignore[attr-defined]
+            for row, own, shared in zip(rows, alone, together, strict=True):
+                if not _same(own, shared):
+                    raise rows_read_together(row)
 
     def __call__(self, rows: Sequence[int]) -> Tensor | None:
         """Compute the training loss of a batch.
@@ -102,24 +104,113 @@ class LossProbe:
             The scalar loss; None if the step returns none.
         """
         module = self._trainer.lightning_module
-        batch = self._transferred(self._loader.collate_fn(self._samples_of(rows)))
+        batch = self._transferred(self._collated(rows))
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        arguments = (0,) if takes_index else ()
-        with _quiet(module):
+        arguments = self._arguments or ((0,) if takes_index else ())
+        plugin = self._trainer.strategy.precision_plugin
+        with _quiet(module), _without_autocast(plugin) if self.full_precision else nullcontext():
             return self._run.probe(batch, *arguments)
 
-    def _samples_of(self, rows: Sequence[int]) -> list[Any]:
-        # Once per row: a data set with random augmentation would give another example each time.
+    def _collated(self, rows: Sequence[int]) -> Any:
         for row in rows:
+            # Once per row: one with random augmentation would be another example each time.
             if row not in self._samples:
-                self._samples[row] = self._loader.dataset[row]
-        return [self._samples[row] for row in rows]
+                self._samples[row] = self._read(row)
+        samples = [self._samples[row] for row in rows]
+        # Copies: a step may write into its batch, or ask for gradients of it.
+        return self._loader.collate_fn(
+            apply_to_collection(samples, Tensor, Tensor.clone, allow_frozen=True)
+        )
+
+    def _read(self, row: int) -> Any:
+        """As torch's loader reads."""
+        dataset: Any = self._loader.dataset
+        together = getattr(dataset, "__getitems__", None)
+        return dataset[row] if together is None else together([row])[0]
 
     def _transferred(self, batch: Any) -> Any:
         strategy = self._trainer.strategy
         batch = strategy.precision_plugin.convert_input(batch)
         batch = strategy.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _traits(batch: Any) -> list[object]:
+    """What a loss could divide by: shapes, ignored labels, zeros of a mask, single labels."""
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append, allow_frozen=True)
+    traits: list[object] = []
+    for tensor in tensors:
+        single = tensor.item() if tensor.numel() == 1 else None
+        traits += [tensor.shape, int((tensor == 0).sum()), int((tensor == -100).sum()), single]
+    return traits
+
+
+def _most_different(rows: list[int], traits: list[list[object]], count: int) -> list[int]:
+    """The first row, and then always the one with the most traits that no chosen row has."""
+    left = dict(zip(rows, traits, strict=True))
+    chosen = [rows[0]]
+    seen = [{trait} for trait in left.pop(rows[0])]
+    while len(chosen) < count:
+        new = {
+            row: sum(t not in s for t, s in zip(own, seen, strict=False))
+            for row, own in left.items()
+        }
+        best = max(new, key=new.__getitem__)
+        chosen.append(best)
+        for known, trait in zip(seen, left.pop(best), strict=False):
+            known.add(trait)
+    return chosen
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two samples hold equal things; of what cannot be compared: no."""
+    leaves, others = tree_flatten(first)[0], tree_flatten(second)[0]
+    return len(leaves) == len(others) and all(map(_equal, leaves, others))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return type(first) is type(second) and np.array_equal(first, second)
+
+
+@contextmanager
+def _without_autocast(plugin: Any) -> Iterator[None]:
+    """A mixed precision that computes in the parameters' own type."""
+    vars(plugin)["forward_context"] = nullcontext
+    try:
+        yield
+    finally:
+        del vars(plugin)["forward_context"]
+
+
+# What torch keeps about a module itself; buffers and gradients are restored elsewhere.
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Give every plain attribute of a module back: counters, lists of losses, caches."""
+    parts = [part for part in module.modules() if not isinstance(part, Metric)]
+    before = [{n: v for n, v in vars(p).items() if n not in _INTERNAL} for p in parts]
+    contents = [
+        (value, value.copy())
+        for held in before
+        for value in held.values()
+        if type(value) in (list, dict, set, deque)
+    ]
+    try:
+        yield
+    finally:
+        for part, held in zip(parts, before, strict=True):
+            own = vars(part)
+            for name in [n for n in own if n not in _INTERNAL and n not in held]:
+                del own[name]
+            own.update(held)
+        for value, copied in contents:
+            value.clear()
+            (value.extend if isinstance(value, list | deque) else value.update)(copied)
 
 
 @contextmanager
@@ -152,6 +243,8 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 def _give_back(metric: Metric, updates: int, state: dict[str, Any]) -> None:
     metric.reset()
     if updates:
+        # Weighs running means; the public name is read-only.
+        metric._update_count = updates
         for name, value in state.items():
             setattr(metric, name, value)
 

@@ -60,8 +60,9 @@ class Tally:
                 "clipped_share": last.clipped_share,
                 "mean_norm": last.mean_norm,
                 "nonfinite_units": float(last.nonfinite),
-                "noise_to_signal": min(last.noise_to_signal, 1e9),
             }
+            if last.noise_to_signal is not None:
+                self.latest["noise_to_signal"] = min(last.noise_to_signal, 1e9)
 
     def note_validation(self, metrics: Mapping[str, Any]) -> None:
         """Remember the validation loss.

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from typing_extensions import override
 
+from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.callbacks._planning import (
     EpsilonSoFar,
     epsilon_of,
@@ -17,7 +18,6 @@ from lightning_privacy.callbacks._planning import (
     sampling_of,
 )
 from lightning_privacy.callbacks._population import Population
-from lightning_privacy.callbacks._probe import checked_layouts
 from lightning_privacy.callbacks._settings import PrivacySettings
 from lightning_privacy.callbacks._state import STATE_KEY, RunState, local_directory
 from lightning_privacy.callbacks._tally import Tally
@@ -58,7 +58,7 @@ class DifferentialPrivacy(Callback):
 
     The guarantee is (ε, δ)-differential privacy of everything that the noised gradients determine,
     the trained weights first of all. It needs a loss that is a mean (or sum) over examples of a
-    function of each example alone, which is checked before the first step. Figures computed on
+    function of each example alone, which is checked on a few rows. Figures computed on
     private data without noise, such as losses, metrics and what is chosen by them, are not
     covered, and marked so.
 
@@ -96,8 +96,8 @@ class DifferentialPrivacy(Callback):
             all users, and ``epsilon`` is the largest target.
         releases_per_draw: Optimizer steps on one batch, in manual optimization; by default the
             number of optimizers.
-        independence_check: Whether to check, before the first step, that each example's gradient
-            depends on that example alone.
+        independence_check: Whether to check, before the first step and now and then later, that
+            each example's gradient depends on that example alone.
         independent_buffers: Names or patterns of persistent buffers, or metric states, declared to
             be independent of the data; any other that training changes is refused.
         test_seed: Deterministic test mode: draws and noise follow from this number, resuming
@@ -288,7 +288,7 @@ class DifferentialPrivacy(Callback):
         refuse_optimizers(trainer.optimizers, {id(p): n for n, p in parameters.items()})
         warn_compiled(module)
         assert self._run is not None
-        layouts = checked_layouts(self.settings, trainer, self._run, parameters)
+        layouts = RowChecks(self.settings, trainer, self._run, parameters).before_training()
         if trainer.checkpoint_callbacks:
             self._open_journal()
         step = PrivateStep(

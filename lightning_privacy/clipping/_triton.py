@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _gram_tile(total, base, rows, columns, positions, width, stride, STEP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+def _gram_tile(total, base, rows, columns, positions, width, stride, STEP: tl.constexpr):
     """``total + factor[rows] factor[columns]^T`` for one unit's ``factor [positions, width]``."""
     for start in range(0, width, STEP):
         inner = start + tl.arange(0, STEP)
@@ -35,7 +35,7 @@ def _gram_tile(total, base, rows, columns, positions, width, stride, STEP: tl.co
 
 
 @triton.jit
-def _gram_product(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+def _gram_product(
     left0, left1, left2, left3, right, product, largest,
     width0, width1, width2, width3, width,
     unit0, unit1, unit2, unit3, unit_right,
@@ -73,7 +73,7 @@ def _gram_product(  # type: ignore[no-untyped-def]  # noqa: PLR0913
 
 
 @triton.jit
-def _weighted_rows(coefficients, rows, total, units, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weighted_rows(coefficients, rows, total, units, size, BLOCK: tl.constexpr):
     """A block of ``sum_u coefficients[u] * rows[u]``."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < size

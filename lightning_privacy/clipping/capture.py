@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 
+_UNKNOWN = object()
+
+
 class Slot:
     """What one capture knows about one parameter."""
 
@@ -161,7 +164,8 @@ class Capture:
 
     def slot(self, value: object) -> Slot | None:
         """The slot of a tagged parameter; None for anything else, and while it is frozen."""
-        tagged = isinstance(value, TaggedParameter) and value.requires_grad
+        # Not isinstance: a parameter's class answers that in Python, and slowly.
+        tagged = type(value) is TaggedParameter and value.requires_grad
         return self.slots.get(id(value)) if tagged else None
 
     def collapse(self, loss: Tensor) -> Tensor:
@@ -183,6 +187,10 @@ class Capture:
 
         None when all rows share it: the rule then leaves the call to `generic`.
         """
+        case = func, name, tensor.shape, self.rows
+        known = self.layouts.places.get(case, _UNKNOWN)
+        if known is not _UNKNOWN and type(tensor) is Tensor:
+            return known  # type: ignore[return-value]
         if isinstance(tensor, RowTensor | TaggedParameter) or not tensor.dim():
             return None
         if self.rows == 1:
@@ -190,10 +198,8 @@ class Capture:
         if self.observing:
             self.observe(("rule", name_of(func), name), [tensor], [])
             return self._found_rows(name, func, tensor)
-        case = func, name, tensor.shape, self.rows
-        if case not in self.layouts.places:
-            self.layouts.places[case] = self._found_rows(name, func, tensor)
-        return self.layouts.places[case]
+        found = self.layouts.places[case] = self._found_rows(name, func, tensor)
+        return found
 
     def _found_rows(self, name: str, func: Callable[..., Any], tensor: Tensor) -> RowDim | None:
         signature = self.layouts.find(("rule", name_of(func), name), [tensor], self.rows)
@@ -265,15 +271,15 @@ class Capture:
     # ------------------------------------------------------------------ what backward delivers
     def add_outer(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """Gradient ``left^T right`` per row, in the cheaper of its two forms."""
-        self._require_armed(slot)
+        if not self.armed:
+            self._require_armed(slot)
         slot.products += 1
-        left, right = left.detach(), right.detach()
         if not self.instantiates(left, left.shape[1], left.shape[2], right.shape[2]):
-            slot.contributions.append(Outer(left, right))
+            slot.contributions.append(Outer(left.detach(), right.detach()))
             return
         buffer = self._buffer_for(slot, left)
         if buffer is None:
-            self._add_dense(slot, torch.bmm(left.mT, right))
+            self._add_dense(slot, torch.bmm(left.detach().mT, right.detach()))
         else:
             buffer.add_product(slot.name, left, right)
 

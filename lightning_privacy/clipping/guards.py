@@ -84,19 +84,25 @@ class StateGuard:
         self._versions: list[tuple[int, int]] = []
         self._values: dict[str, Tensor] = {}
         self._held: list[Tensor] = []
+        self._small: dict[str, Tensor] = {}
+        self._small_before = _joined({})
 
     def snapshot(self, *, values: bool = False) -> None:
         """Remember the present state.
 
         Args:
-            values: compare contents too, not only version counters: a write through ``.data`` does
-                not move the counter. Costs a pass over the module's memory.
+            values: compare all contents too, not only version counters: a write through ``.data``
+                does not move the counter. Costs a pass over the module's memory; the contents of
+                the smallest tensors on the CPU are compared in any case.
         """
         self._entries = self._walk()
-        self._versions = _versions(self._entries)
+        before, self._versions = self._versions, _versions(self._entries)
         with torch._C.DisableTorchFunctionSubclass():
-            # Memory that is held here cannot be given to a tensor that replaces another.
-            self._held = [tensor.detach() for _, _, tensor in self._entries]
+            if [where for where, _ in before] != [where for where, _ in self._versions]:
+                # Memory that is held here cannot be given to a tensor that replaces another.
+                self._held = [tensor.detach() for _, _, tensor in self._entries]
+                self._small = _smallest(self._watched(self._entries))
+            self._small_before = _joined(self._small)
         watched = self._watched(self._entries) if values else {}
         self._values = {name: _fingerprint(tensor) for name, tensor in watched.items()}
 
@@ -108,7 +114,9 @@ class StateGuard:
         """
         entries = self._walk()
         versions = _versions(entries)
-        if versions == self._versions and not self._values:
+        with torch._C.DisableTorchFunctionSubclass():
+            small = _joined(self._small)
+        if versions == self._versions and small.equal(self._small_before) and not self._values:
             return
         before = dict(zip(_names(self._entries), self._versions, strict=True))
         after = dict(zip(_names(entries), versions, strict=True))
@@ -120,8 +128,14 @@ class StateGuard:
             for name, seen in self._values.items()
             if name not in changed and not torch.equal(_fingerprint(tensors[name]), seen)
         ]
+        changed += [name for name in self._small_changed(small) if name not in changed]
         if changed:
             raise _state_changed(moment, changed)
+
+    def _small_changed(self, now: Tensor) -> list[str]:
+        sizes = [len(tensor) for tensor in self._small.values()]
+        pieces = zip(self._small, now.split(sizes), self._small_before.split(sizes), strict=True)
+        return [name for name, after, before in pieces if not torch.equal(after, before)]
 
     def _walk(self) -> list[_Entry]:
         """All parameters and buffers. Every step does this twice, so nothing is formatted here."""
@@ -155,6 +169,27 @@ def _versions(entries: list[_Entry]) -> list[tuple[int, int]]:
         return [(tensor.data_ptr(), tensor._version) for _, _, tensor in entries]
 
 
+def _smallest(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The bytes of small tensors in the CPU's memory, as views; buffers first."""
+    candidates = [
+        (isinstance(tensor, nn.Parameter), tensor.numel(), name)
+        for name, tensor in tensors.items()
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel()
+    ]
+    found: dict[str, Tensor] = {}
+    elements = 0
+    for _, size, name in sorted(candidates)[:_SMALL_TENSORS]:
+        elements += size
+        if elements > _SMALL_ELEMENTS:
+            break
+        found[name] = tensors[name].detach().view(-1).view(torch.uint8)
+    return found
+
+
+def _joined(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat(list(tensors.values())) if tensors else torch.zeros(0, dtype=torch.uint8)
+
+
 def _state_changed(moment: str, names: list[str]) -> GuaranteeError:
     return GuaranteeError(
         must="between private optimizer steps no buffer and no parameter changes",
@@ -183,6 +218,8 @@ def _fingerprint(tensor: Tensor) -> Tensor:
         return total
 
 
+# How much is compared at every step.
+_SMALL_ELEMENTS, _SMALL_TENSORS = 4096, 64
 # Elements that are widened at a time: a 4-bit model must not need its size in integers.
 _PIECE = 2**22
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -50,7 +50,7 @@ def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor
     from lightning_privacy.clipping import _triton
 
     if len(lefts) > _MOST_LEFTS:
-        lefts = [*lefts[: _MOST_LEFTS - 1], torch.cat(lefts[_MOST_LEFTS - 1 :], -1)]
+        lefts = [*lefts[: _MOST_LEFTS - 1], torch.cat([*lefts[_MOST_LEFTS - 1 :]], -1)]
     factors = [_rows_in_memory(tensor) for tensor in (*lefts, right)]
     units, positions, _ = right.shape
     side = -(-positions // _TILE)

@@ -46,7 +46,7 @@ class _Probe(Capture):
 
 
 @contextmanager
-def _without_reentrant_checkpointing() -> Iterator[None]:
+def without_reentrant_checkpointing() -> Iterator[None]:
     """Run checkpointed blocks as they are: their forward without gradients would show nothing."""
     kept = CheckpointFunction.__dict__.get("apply")
     plain = staticmethod(lambda function, _, *arguments: function(*arguments))
@@ -79,7 +79,7 @@ def learn_layouts(
         records = []
         for rows in PROBE_ROWS:
             probe = _Probe(parameters, rows=rows, layouts=known)
-            with probe.opened(), _without_reentrant_checkpointing():
+            with probe.opened(), without_reentrant_checkpointing():
                 forward(rows)
             records.append(probe.records)
         small, large = records

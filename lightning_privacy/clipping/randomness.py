@@ -1,15 +1,18 @@
 """Run a forward without random decisions, and leave no trace of it.
 
 Checks compare a row in a batch with the same row alone. Dropout would differ between the two by
-chance, so during a check every random operation gives what does not depend on chance.
+chance, so during a check every random operation gives what does not depend on chance. A decision by
+a coin then always falls the same way; so a check is made with low constants and with high ones.
 """
 
 from __future__ import annotations
 
+import enum
+import math
 import random
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,44 +22,111 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _ATEN = torch.ops.aten
-# In-place and factory draws, and the constant that each becomes.
-_CONSTANTS = {
-    "bernoulli_": 1.0,
-    "bernoulli": 1.0,
-    "uniform_": 0.5,
-    "uniform": 0.5,
-    "normal_": 0.0,
-    "exponential_": 1.0,
-    "exponential": 1.0,
-    "geometric_": 1.0,
-    "cauchy_": 0.0,
-    "log_normal_": 1.0,
-    "rand": 0.5,
-    "rand_like": 0.5,
-    "randn": 0.0,
-    "randn_like": 0.0,
-    "normal": 0.0,
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+class Draws(enum.IntEnum):
+    """Which constants stand for random numbers; a coin falls one way with LOW, one with HIGH."""
+
+    MIDDLE = 0
+    LOW = 1
+    HIGH = 2
+
+
+# The three constants that a draw becomes.
+_NORMAL, _UNIFORM, _KEEP = (0.0, -1.0, 1.0), (0.5, 0.02, 0.98), (1.0, 0.0, 1.0)
+_CONSTANTS: dict[str, tuple[float, float, float]] = {
+    "bernoulli_": _KEEP,
+    "bernoulli": _KEEP,
+    "uniform": _UNIFORM,
+    "normal_": _NORMAL,
+    "exponential_": (1.0, 0.02, 3.0),
+    "exponential": (1.0, 0.02, 3.0),
+    "geometric_": (1.0, 1.0, 3.0),
+    "cauchy_": _NORMAL,
+    "log_normal_": (1.0, 0.4, 2.7),
+    "rand": _UNIFORM,
+    "rand_like": _UNIFORM,
+    "randn": _NORMAL,
+    "randn_like": _NORMAL,
+    "normal": _NORMAL,
 }
+
+
+def _integer(low: str, high: str) -> Callable[[dict[str, Any], Draws], int]:
+    """The first integer of a range; with HIGH the last."""
+
+    def value(call: dict[str, Any], draws: Draws) -> int:
+        first, past = call.get(low) or 0, call.get(high)
+        return past - 1 if draws is Draws.HIGH and past is not None else first
+
+    return value
+
+
+def _category(call: dict[str, Any], draws: Draws) -> Tensor:
+    """The most likely category; with HIGH the least likely that is possible."""
+    weights: Tensor = call["self"]
+    if draws is Draws.HIGH:
+        return weights.masked_fill(weights <= 0, math.inf).argmin(-1, keepdim=True)
+    return weights.argmax(-1, keepdim=True)
+
+
+def _uniform(call: dict[str, Any], draws: Draws) -> float:
+    low, high = call.get("from", 0.0), call.get("to", 1.0)
+    return float(low + _UNIFORM[draws] * (high - low))
+
+
 # Draws whose value must fit their arguments.
-_VALUES: dict[str, Callable[[dict[str, Any]], Tensor | float]] = {
-    "randint": lambda call: call.get("low", 0),
-    "randint_like": lambda call: call.get("low", 0),
-    "random_": lambda call: call.get("from", 0),
-    "multinomial": lambda call: call["self"].argmax(-1, keepdim=True),
-    "poisson": lambda call: call["self"],
-    "binomial": lambda call: call["count"] * call["prob"],
-    "_standard_gamma": lambda call: call["self"],
-    "_sample_dirichlet": lambda call: call["self"] / call["self"].sum(-1, keepdim=True),
+_VALUES: dict[str, Callable[[dict[str, Any], Draws], Tensor | float]] = {
+    "uniform_": _uniform,
+    "randint": _integer("low", "high"),
+    "randint_like": _integer("low", "high"),
+    "random_": _integer("from", "to"),
+    "multinomial": _category,
+    "poisson": lambda call, draws: call["self"] + (0, 0, 1)[draws],
+    "binomial": lambda call, draws: call["count"] * (call["prob"], 0, 1)[draws],
+    "_standard_gamma": lambda call, draws: call["self"] * (1.0, 0.3, 2.0)[draws],
+    "_sample_dirichlet": lambda call, _: call["self"] / call["self"].sum(-1, keepdim=True),
     # Never the identity: whoever mixes the rows of a batch must be seen to do so.
-    "randperm": lambda call: torch.arange(call["n"]).roll(-1),
+    "randperm": lambda call, draws: torch.arange(call["n"]).roll(1 if draws is Draws.HIGH else -1),
 }
+# Words of a Mersenne twister that its output makes 0.4996, 0.0196 and 0.9800 of. Python's and
+# NumPy's global generators give 312 such numbers and then others: no rejection goes on for ever.
+_TWISTER_WORDS = (0x2089A5, 0x805, 0x218180)
+
+
+def steady(function: Callable[[_In], _Out], draws: Draws = Draws.MIDDLE) -> Callable[[_In], _Out]:
+    """The same function, with the next numbers of Python's and NumPy's global generators constant.
+
+    To be called within `preserved_state`.
+    """
+    words = (_TWISTER_WORDS[draws],) * 624
+
+    def held(argument: _In) -> _Out:
+        random.setstate((3, (*words, 0), None))
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.set_state(("MT19937", words, 0))
+        return function(argument)
+
+    return held
 
 
 class without_randomness(TorchDispatchMode):  # noqa: N801 - reads as a statement
-    """Context in which dropout keeps everything and random draws are constants."""
+    """Context in which dropout keeps everything and random draws are constants.
 
-    def __init__(self) -> None:
+    Args:
+        draws: which constants.
+
+    Attributes:
+        low_precision: whether anything was computed in bfloat16 or float16 so far.
+    """
+
+    def __init__(self, draws: Draws = Draws.MIDDLE) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._draws = draws
+        self.low_precision = False
 
     def __torch_dispatch__(
         self,
@@ -77,10 +147,12 @@ class without_randomness(TorchDispatchMode):  # noqa: N801 - reads as a statemen
             args, kwargs = _with(names, args, kwargs, "training", False)
         result = func(*args, **kwargs)
         if name in _CONSTANTS and isinstance(result, Tensor):
-            result.fill_(_CONSTANTS[name])
+            result.fill_(_CONSTANTS[name][self._draws])
         elif name in _VALUES:
             call = dict(zip(names, args, strict=False)) | kwargs
-            result.copy_(torch.as_tensor(_VALUES[name](call)))
+            result.copy_(torch.as_tensor(_VALUES[name](call, self._draws)))
+        if isinstance(result, Tensor) and result.dtype in (torch.bfloat16, torch.float16):
+            self.low_precision = True
         return result
 
 

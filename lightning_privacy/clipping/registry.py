@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from lightning_privacy.clipping.capture import Capture
 
@@ -29,6 +31,27 @@ def operation(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, without its preparations where none is needed.
+
+    A forward of a large model comes here hundreds of times, and what Python does then is what a
+    GPU waits for.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.autograd.function.once_differentiable`, at no cost in an ordinary backward."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    def run(ctx: Any, *gradients: Any) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return run
 
 
 def name_of(func: Callable[..., Any]) -> str:

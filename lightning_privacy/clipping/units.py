@@ -126,6 +126,7 @@ def clipped_sum(
     units: Units,
     rule: ClippingRule,
     buffer: RowBuffer | None = None,
+    share: float = 1.0,
 ) -> ClippedSum:
     """Clip each unit's gradient by ``rule`` and add up.
 
@@ -140,6 +141,7 @@ def clipped_sum(
         units: which rows form which unit.
         rule: how to clip.
         buffer: the rest of the rows' gradients; only for a rule with one group.
+        share: what the sum is multiplied by.
     """
     if buffer is not None:
         found[_BUFFER] = [Dense(buffer.complete())]
@@ -155,7 +157,7 @@ def clipped_sum(
     gradients: dict[str, Tensor] = {}
     for name in names:
         shape = parameters[name].shape if name else torch.Size([-1])
-        coefficients = factors[rule.group_of(name)] * scale.to(factors.dtype)
+        coefficients = factors[rule.group_of(name)] * scale.to(factors.dtype) * share
         items = gathered.pop(name)
         if excluded is not None:
             coefficients = coefficients.masked_fill(excluded, 0)

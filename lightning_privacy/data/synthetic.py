@@ -8,17 +8,20 @@ measured exactly, with no difference in distribution between the two groups.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from lightning_privacy.data.base import CausalTextDataModule, Document, Padding, Split
+from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.types import one_of, real_number, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SecretKind = Literal["door code", "extension", "order number"]
+NameSource = Literal["syllables", "faker"]
 
 # Syllables, so that a name is nobody's.
 _ONSETS = ("B", "D", "F", "G", "K", "L", "M", "N", "P", "R", "S", "T", "V", "Z", "Br", "Tr")
@@ -92,9 +95,11 @@ class SecretsCorpus:
             ``docs_per_user`` times (rank)^(−skew), never less than the secret document.
         fresh_docs: Further documents of each user that nobody trains on.
         seed: Seed of the corpus's own generator.
+        backend: Where names come from: ``"syllables"`` makes up names that nobody has; ``"faker"``
+            combines usual first and last names with the package Faker, whose releases change them.
 
     Raises:
-        ConfigurationError: If a number is out of its range.
+        ConfigurationError: If a number is out of its range, or Faker is asked for and missing.
     """
 
     n_users: int = 160
@@ -107,6 +112,7 @@ class SecretsCorpus:
     document_skew: float = 0.0
     fresh_docs: int = 1
     seed: int = 0
+    backend: NameSource = "syllables"
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
@@ -126,6 +132,14 @@ class SecretsCorpus:
         real_number("p_member", self.p_member, "(0, 1)", cost=_COST, remedy=_REMEDY)
         real_number("document_skew", self.document_skew, "[0, inf)", cost=_COST, remedy=_REMEDY)
         one_of("kind", self.kind, get_args(SecretKind), cost=_COST, remedy=_REMEDY)
+        one_of("backend", self.backend, get_args(NameSource), cost=_COST, remedy=_REMEDY)
+        if self.backend == "faker" and find_spec("faker") is None:
+            raise ConfigurationError(
+                must='backend="faker" needs the package Faker',
+                found="no package faker in this environment",
+                cost=_COST,
+                remedy='pip install Faker, or leave backend at "syllables"',
+            )
 
     def secret(self, number: int) -> str:
         """Write a candidate secret.
@@ -150,7 +164,8 @@ class SecretsCorpus:
             own, so few users can all fall on one side.
         """
         rng = np.random.default_rng(self.seed)
-        names = _unique_names(rng, self.n_users)
+        make_names = _usual_names if self.backend == "faker" else _unique_names
+        names = make_names(rng, self.n_users)
         groups = -(-self.n_users // self.users_per_secret)
         secrets = rng.integers(0, 10**self.digits, size=groups)
         members = rng.random(self.n_users) < self.p_member
@@ -255,6 +270,21 @@ def _unique_names(rng: np.random.Generator, count: int) -> list[str]:
     parts = [f"{o}{v}{c}" for o in _ONSETS for v in _VOWELS for c in _CODAS]
     chosen = rng.choice(len(parts) ** 2, size=count, replace=False)
     return [f"{parts[number // len(parts)]} {parts[number % len(parts)]}" for number in chosen]
+
+
+def _usual_names(rng: np.random.Generator, count: int) -> list[str]:
+    """Names as people have them, all different; a further first name where two would be equal."""
+    from faker import Faker
+
+    source = Faker("en_US")
+    source.seed_instance(int(rng.integers(2**32)))
+    names: dict[str, None] = {}
+    while len(names) < count:
+        first, last = source.first_name(), source.last_name()
+        while f"{first} {last}" in names:
+            first = f"{first} {source.first_name()}"
+        names[f"{first} {last}"] = None
+    return list(names)
 
 
 def _topical_text(rng: np.random.Generator, name: str, topic: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from lightning_privacy.errors import GuaranteeError
@@ -120,7 +121,10 @@ class MicroBatch:
 def micro_batches(
     draw: np.ndarray | Sequence[int], physical_batch_size: int | None
 ) -> tuple[MicroBatch, ...]:
-    """Cuts a draw into micro-batches: every row once, in order, none left over.
+    """Cuts a draw into as few micro-batches as will do, of as equal a size as can be.
+
+    Every row is in one of them, in the order of the draw. Equal sizes keep a GPU busier than full
+    ones with a small rest.
 
     An empty draw gives one row of weight 0, so that a model always sees a valid batch and a
     private step always runs: skipping it would show that nobody was drawn.
@@ -138,13 +142,11 @@ def micro_batches(
     rows = [int(row) for row in draw]
     if not rows:
         return (MicroBatch(indices=(0,), weights=(0.0,)),)
-    size = _most_rows(physical_batch_size, len(rows))
+    count = -(-len(rows) // _most_rows(physical_batch_size, len(rows)))
+    bounds = [len(rows) * part // count for part in range(count + 1)]
     return tuple(
-        MicroBatch(
-            indices=tuple(rows[start : start + size]),
-            weights=(1.0,) * len(rows[start : start + size]),
-        )
-        for start in range(0, len(rows), size)
+        MicroBatch(indices=tuple(rows[start:end]), weights=(1.0,) * (end - start))
+        for start, end in pairwise(bounds)
     )
 
 
@@ -190,17 +192,19 @@ def packed(
 
 
 def _spread(unit: np.ndarray, most: int, shares: tuple[float, ...] | None) -> list[MicroBatch]:
+    count = -(-len(unit) // most)
+    bounds = [len(unit) * part // count for part in range(count + 1)]
     return [
         _micro_batch(
-            unit[start : start + most].tolist(),
+            unit[start:end].tolist(),
             UnitRows(
-                index=(0,) * len(unit[start : start + most]),
+                index=(0,) * (end - start),
                 sizes=(len(unit),),
-                unfinished=start + most < len(unit),
+                unfinished=end < len(unit),
                 clip_shares=shares,
             ),
         )
-        for start in range(0, len(unit), most)
+        for start, end in pairwise(bounds)
     ]
 
 

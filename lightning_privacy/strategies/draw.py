@@ -1,4 +1,4 @@
-"""Where one draw stands between its backward passes and its releases, and the loss it shows."""
+"""Where one draw stands, the loss it shows, and before which draws the checks are repeated."""
 
 from __future__ import annotations
 
@@ -51,6 +51,39 @@ class Draw:
         """Note that a gradient was released."""
         self.releases += 1
         self.unreleased = False
+
+
+class Repeats:
+    """When to check again: before draws 1, 2, 4, 8, … (from 0), and when an epoch begins.
+
+    Where epochs are short, not every one of them: so that all checks together stay below one
+    percent of the training, a check for an epoch comes at the earliest this many draws after the
+    last check.
+    """
+
+    EPOCH_SPACING = 128
+
+    def __init__(self) -> None:
+        self._draws = self._last = 0
+        self._epoch: int | None = None
+
+    def due(self, epoch: int) -> bool:
+        """Ask once before each draw.
+
+        Args:
+            epoch: The number of the current epoch.
+
+        Returns:
+            Whether to check before this draw; never before the first, which all checks precede.
+        """
+        number, self._draws = self._draws, self._draws + 1
+        if self._epoch is None:
+            self._epoch = epoch
+        begun = epoch != self._epoch and number - self._last >= self.EPOCH_SPACING
+        due = number > 0 and (begun or number & (number - 1) == 0)
+        if due:
+            self._last, self._epoch = number, epoch
+        return due
 
 
 class RowMean:

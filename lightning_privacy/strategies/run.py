@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_privacy.clipping.guards import StateGuard
-from lightning_privacy.strategies.draw import Draw, RowMean, loss_in
+from lightning_privacy.clipping.label_means import LabelWatch
+from lightning_privacy.strategies.draw import Draw, Repeats, RowMean, loss_in
 from lightning_privacy.strategies.refusals import (
     accumulation_refused,
     closure_called_again,
@@ -61,6 +62,11 @@ class PrivateRun:
         record: Called with the statistics of each draw's first release.
         drawn: Called when a draw is handed out, with the position of the next one.
         independent_buffers: Names or patterns of buffers declared to be independent of the data.
+
+    Attributes:
+        recheck: Repeats the check of independence, between two draws; gets what a training step
+            gets besides its batch. None: nothing is checked again.
+        labels: Watches means over labels; the checks tell it whether there are any.
     """
 
     def __init__(
@@ -86,6 +92,9 @@ class PrivateRun:
         self._probed: Tensor | None = None
         self._watched = False
         self._released = 0
+        self._repeats = Repeats()
+        self.recheck: Callable[..., None] | None = None
+        self.labels = LabelWatch()
 
     # ------------------------------------------------------------------ loader and draws
     def prepare_loader(self, dataloader: object) -> PrivateLoader:
@@ -137,7 +146,7 @@ class PrivateRun:
             return ordinary(batch, *arguments)
         with self._restoring(), torch.compiler.set_stance("force_eager"):
             self._require_unchanged()
-            self._open_draw()
+            self._open_draw(*arguments)
             if self.module.automatic_optimization:
                 return self._automatic(ordinary, batch, *arguments)
             return self._manual(ordinary, batch, *arguments)
@@ -252,7 +261,8 @@ class PrivateRun:
                 batch = self._next_batch()
             self._weigh_logs(batch, micro)
             step.begin(micro.weights, micro.units)
-            output = ordinary(batch, *arguments)
+            with self.labels.watching(len(micro.weights)):
+                output = ordinary(batch, *arguments)
             loss = loss_in(output)
             losses.add(loss, micro.drawn)
             if loss is not None and position < len(micro_batches) - 1:
@@ -268,13 +278,14 @@ class PrivateRun:
         self._draw.weights, self._draw.units = micro_batches[0].weights, micro_batches[0].units
         self._weigh_logs(batch, micro_batches[0])
         self._step().begin(self._draw.weights, self._draw.units)
-        output = ordinary(batch, *arguments)
+        with self.labels.watching(len(self._draw.weights)):
+            output = ordinary(batch, *arguments)
         if self._draw.unreleased:
             warn_never_stepped()
         self._step().abort()
         return output
 
-    def _open_draw(self) -> None:
+    def _open_draw(self, *arguments: Any) -> None:
         step = self._step()
         if step.pending and not self._draw.releases:
             warn_never_stepped()
@@ -284,6 +295,9 @@ class PrivateRun:
             raise draw_stepped_again()
         if self._watched:
             self._guard.verify("between training steps")
+        if self.recheck is not None and self._repeats.due(self.trainer.current_epoch):
+            self.recheck(*arguments)
+        self.labels.forget()
         self._draw = Draw(cursor=cursor, manual=not self.module.automatic_optimization)
         self._watch_state()
 
@@ -294,8 +308,11 @@ class PrivateRun:
         if not step.pending:
             raise nothing_to_release(optimizer)
         self._guard.verify("during a training step")
+        self.labels.verify()
         number = self._charge(draw.releases)
-        statistics = step.release(number, held)
+        every = self.trainer.log_every_n_steps
+        logged = bool(every) and (number + 1) % every == 0
+        statistics = step.release(number, held, signal=logged)
         if not draw.releases:
             self._record(statistics)
         draw.after_release()

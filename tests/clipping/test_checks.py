@@ -159,7 +159,7 @@ def test_coupled_losses_in_bfloat16(name: str) -> None:
     torch.manual_seed(0)
     model = make().bfloat16()
     with pytest.raises(GuaranteeError):
-        checked(model, lambda m, rows: loss(lambda x: m(x.bfloat16()), rows), low_precision=True)
+        checked(model, lambda m, rows: loss(lambda x: m(x.bfloat16()), rows))
 
 
 NORMALISED: dict[str, Callable[[], nn.Module]] = {
@@ -259,12 +259,7 @@ class Correct(nn.Module):
 def test_a_correct_module_with_dropout_noise_and_masks_passes(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = Correct().to(dtype).train()
-    low = dtype == torch.bfloat16
-    report = checked(
-        model,
-        lambda m, rows: by_example(lambda x: m(x.to(dtype)).float(), rows),
-        low_precision=low,
-    )
+    report = checked(model, lambda m, rows: by_example(lambda x: m(x.to(dtype)).float(), rows))
     assert report.rows == len(ROWS)
     assert report.worst <= {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 0.1}[dtype]
     assert report.worst <= report.tolerance
@@ -336,6 +331,19 @@ def test_a_memory_of_earlier_batches_is_refused() -> None:
     with pytest.raises(GuaranteeError) as caught:
         checked(Remembering(), classify)
     assert "layer." in caught.value.found
+
+
+# ---------------------------------------------------------------------- tensors outside
+def test_a_trainable_tensor_behind_reentrant_checkpointing_is_refused() -> None:
+    hidden = torch.zeros(6, 3, requires_grad=True)
+    model = Sketch(lambda m, x: m.layer(x) + x @ hidden, layer=nn.Linear(6, 3))
+
+    def loss(m: Any, rows: list[int]) -> Tensor:
+        x = X[rows].clone().requires_grad_()
+        return F.cross_entropy(checkpoint(m, x, use_reentrant=True), Y[rows])
+
+    with pytest.raises(GuaranteeError, match=r"a tensor of shape \(6, 3\)"):
+        checked(model, loss)
 
 
 # ---------------------------------------------------------------------- nothing is left behind

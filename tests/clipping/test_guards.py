@@ -131,6 +131,35 @@ def test_writes_through_data_are_found_when_values_are_compared(change: str) -> 
         guard.verify("during a test")
 
 
+@pytest.mark.parametrize("change", THROUGH_DATA)
+def test_writes_through_data_into_small_tensors_are_found_at_every_step(change: str) -> None:
+    module = Stateful()
+    guard = StateGuard(module)
+    guard.snapshot()
+    guard.verify("before")
+    act, name = THROUGH_DATA[change]
+    act(module)
+    with pytest.raises(GuaranteeError, match=f"changed during a test: {name}\n"):
+        guard.verify("during a test")
+    guard.snapshot()
+    guard.verify("afterwards")
+
+
+def test_small_tensors_are_compared_with_what_was_declared_left_out() -> None:
+    module = Stateful()
+    module.large = nn.Parameter(torch.zeros(5000))
+    guard = StateGuard(module, ["inner.*"])
+    guard.snapshot()
+    module.inner.average.data += 1
+    module.large.data += 1
+    guard.verify("in between")
+    module.count = torch.tensor(0)
+    guard.snapshot()
+    module.count.data += 1
+    with pytest.raises(GuaranteeError, match=": count\n"):
+        guard.verify("after another tensor came")
+
+
 def test_what_is_not_saved_is_watched_too() -> None:
     # A queue that later forwards read carries examples into the gradients of others.
     module = Stateful()

@@ -25,6 +25,21 @@ def test_every_user_has_a_name_of_their_own():
     assert len({user.name for user in users}) == 3000
 
 
+def test_names_as_people_have_them():
+    pytest.importorskip("faker")
+    users = SecretsCorpus(n_users=3000, backend="faker").users()
+    assert len({user.name for user in users}) == 3000
+    assert all(len(user.name.split()) >= 2 for user in users)
+    assert users == SecretsCorpus(n_users=3000, backend="faker").users()
+    assert {len(user.documents) for user in users} == {3}
+
+
+def test_faker_is_asked_for_by_name_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr("lightning_privacy.data.synthetic.find_spec", lambda _: None)
+    with pytest.raises(ConfigurationError, match="pip install Faker"):
+        SecretsCorpus(backend="faker")
+
+
 def test_the_secret_stands_in_the_first_document():
     corpus = SecretsCorpus(n_users=30, docs_per_user=4, fresh_docs=2)
     for user in corpus.users():
@@ -96,6 +111,7 @@ def test_the_knobs_of_memorisation():
         ("fresh_docs", -1),
         ("seed", -1),
         ("seed", True),
+        ("backend", "invented"),
         ("n_users", 3.0),
         ("p_member", 0.0),
         ("p_member", 1.0),

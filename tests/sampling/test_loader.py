@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 
@@ -79,7 +80,9 @@ def test_one_item_is_one_draw(workers, kind):
     assert [cursor for cursor, _ in found] == [0, 1, 2, 3, 4]
     for cursor, parts in found:
         assert [row for part in parts for row in part] == expected(0.2, cursor)
-        assert all(len(part) == 4 for part in parts[:-1])
+        sizes = [len(part) for part in parts]
+        assert len(sizes) == math.ceil(sum(sizes) / 4)
+        assert max(sizes) - min(sizes) <= 1
     assert any(len(parts) > 1 for _, parts in found)
 
 
@@ -151,7 +154,8 @@ def test_micro_batches_left_behind_do_not_reach_the_next_draw(workers):
     loader = private(DataLoader(Rows(), batch_size=4, num_workers=workers), rate=0.5)
     for batch in loader:
         assert numbers(batch) == list(loader.current[0].indices)
-        assert numbers(batch) == expected(0.5, loader.cursor_of_current)[:4]
+        first = loader.current[0].indices
+        assert list(first) == expected(0.5, loader.cursor_of_current)[: len(first)]
         assert len(loader.current) > 1
 
 

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
-from lightning_privacy.tiers import ColumnTiers, FittedTiers, OwnRecordTiers, PublicTiers, VolumeTiers
+from lightning_privacy.tiers import (
+    ColumnTiers,
+    FittedTiers,
+    OwnRecordTiers,
+    PublicTiers,
+    VolumeTiers,
+)
 
 ROWS = [{"tier": "strict", "text": "a"}, {"tier": "strict", "text": "b"}]
 

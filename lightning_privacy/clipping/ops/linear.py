@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_privacy.clipping.registry import operation
+from lightning_privacy.clipping.registry import apply, once_differentiable, operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_privacy.clipping.layout import RowDim
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Site:
     """One use of a dense layer. ``transposed``: the weight is ``[in, out]`` as in ``addmm``."""
 
@@ -56,7 +56,7 @@ class _Dense(torch.autograd.Function):
         return F.linear(x, site.matrix, site.plain_bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         site: _Site = ctx.site
         (x,) = ctx.saved_tensors
@@ -71,7 +71,7 @@ def linear(
     capture: Capture, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """``x W^T + b``."""
-    x, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
+    x, weight, bias = args if len(args) == 3 else _bind(("input", "weight", "bias"), args, kwargs)
     return _dense(capture, func, x, weight, bias, transposed=False)
 
 
@@ -101,9 +101,10 @@ def _dense(
     slot = weight_slot or bias_slot
     if slot is None or weight.dim() != 2 or x.dim() < 2:
         return NotImplemented
-    for tensor, known in ((weight, weight_slot), (bias, bias_slot)):
-        if tensor is not None and known is None and tensor.requires_grad:
-            return NotImplemented
+    if weight_slot is None and weight.requires_grad:
+        return NotImplemented
+    if bias is not None and bias_slot is None and bias.requires_grad:
+        return NotImplemented
     rows = capture.rows_of(slot.name, func, x)
     if rows is None or rows.dim == x.dim() - 1:
         return NotImplemented
@@ -113,7 +114,7 @@ def _dense(
     site = _Site(
         capture, weight_slot, bias_slot, capture.cast(weight, dtype), plain_bias, rows, transposed
     )
-    return _Dense.apply(x, capture.anchor(x.device), site)  # type: ignore[no-untyped-call]
+    return apply(_Dense, x, capture.anchor(x.device), site)
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

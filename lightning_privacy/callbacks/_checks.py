@@ -1,0 +1,136 @@
+"""The checks on rows of the data set: thorough before the first step, on two rows later on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_privacy.callbacks._probe import LossProbe, attributes_kept
+from lightning_privacy.clipping.checks import check_independence, learn
+from lightning_privacy.clipping.layout import Layouts
+from lightning_privacy.clipping.pairs import PairCheck
+from lightning_privacy.clipping.randomness import Draws, preserved_state
+from lightning_privacy.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from lightning_privacy.callbacks._settings import PrivacySettings
+    from lightning_privacy.strategies import PrivateRun
+
+# Gradients below this share of what clipping resolves are of rows that are learnt already: their
+# relative rounding is large, and their influence small.
+_NEGLIGIBLE = 1e-3
+# The automatic rule scales up what is shorter than the clip norm, but for its stability constant.
+_NEGLIGIBLE_IF_NORMALISED = 1e-5
+
+
+class RowChecks:
+    """Are the rows of a batch trained as if each were alone?
+
+    Args:
+        settings: What the user configured.
+        trainer: The trainer of the fit.
+        run: The private run, with its loader.
+        parameters: The covered parameters by name.
+    """
+
+    def __init__(
+        self,
+        settings: PrivacySettings,
+        trainer: Any,
+        run: PrivateRun,
+        parameters: Mapping[str, nn.Parameter],
+    ) -> None:
+        self._settings, self._trainer, self._run = settings, trainer, run
+        self._module: Any = trainer.lightning_module
+        self._parameters = parameters
+        self._layouts = Layouts()
+        self._repeated = 0
+
+    def before_training(self) -> Layouts:
+        """Learn where the rows of a batch lie, and check that examples are independent.
+
+        Returns:
+            The layouts, for the private step.
+
+        Raises:
+            GuaranteeError: An example's gradient depends on other examples.
+        """
+        loader = self._run.loader
+        assert loader is not None
+        one_by_one = loader.batch_size == 1 and self._module.automatic_optimization
+        checks = self._settings.independence_check and len(loader.dataset) > 1  # type: ignore[arg-type]
+        # Micro-batches of one row need no layouts; more rows than that may not fit into memory.
+        if not checks and one_by_one:
+            return self._layouts
+        with attributes_kept(self._module), preserved_state(self._module):
+            probe = LossProbe(self._trainer, loader, self._run)
+            rows = probe.rows() if checks else [0]
+            self._layouts = learn(self._module, self._parameters, probe, rows[0])
+            if checks:
+                self._compare(probe, rows)
+                # Later on nothing can be mixed where rows are computed one by one.
+                self._run.recheck = None if one_by_one else self.again
+        return self._layouts
+
+    def again(self, *arguments: Any) -> None:
+        """Check two fresh rows; what random operations give changes from time to time.
+
+        Args:
+            *arguments: What the coming training step gets besides its batch.
+
+        Raises:
+            GuaranteeError: An example's gradient depends on other examples.
+        """
+        loader = self._run.loader
+        assert loader is not None
+        self._repeated += 1
+        with attributes_kept(self._module), preserved_state(self._module):
+            probe = LossProbe(self._trainer, loader, self._run, arguments)
+            pair = probe.rows(2)
+            probe.require_rows_apart(pair)
+            draws = Draws(self._repeated % len(Draws))
+            self._compare_pair(probe, pair, draws, self._repeated % 2)
+
+    def _compare(self, probe: LossProbe, rows: Sequence[int]) -> None:
+        probe.require_rows_apart(rows)
+        check_independence(
+            self._module,
+            self._parameters,
+            probe,
+            rows,
+            layouts=self._layouts,
+            loss_reduction=self._settings.loss_reduction,
+        )
+        for draws in Draws:
+            self._compare_pair(probe, rows[:2], draws, draws % 2)
+
+    def _compare_pair(
+        self, probe: LossProbe, pair: Sequence[int], draws: Draws, place: int
+    ) -> None:
+        normalised = self._settings.clipping == "automatic"
+        share = _NEGLIGIBLE_IF_NORMALISED if normalised else _NEGLIGIBLE
+        check = PairCheck(
+            module=self._module,
+            parameters=self._parameters,
+            loss_of=probe,
+            layouts=self._layouts,
+            loss_reduction=self._settings.loss_reduction,
+            negligible=share * self._settings.clip_norm,
+            labels=self._run.labels,
+        )
+        mixed = str(self._trainer.precision).endswith("-mixed")
+        probe.full_precision = mixed
+        try:
+            check.run(pair, draws, place)
+        except PrivacyError:
+            raise
+        except Exception:
+            # Some models cannot do without autocast, and some code not with improbable draws.
+            probe.full_precision = False
+            if mixed:
+                check.run(pair, draws, place)
+            elif draws is Draws.MIDDLE:
+                raise
