@@ -76,17 +76,20 @@ def user_sum(
 
 
 # ---------------------------------------------------------------------- equal to the definition
+@pytest.mark.parametrize("clip_norm", [CLIP_NORM, 1e3])  # every user is clipped, and nobody
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 12, None])
 @pytest.mark.parametrize("kind", ["network", "language model"])
-def test_each_user_is_averaged_and_clipped_once(kind: str, most: int | None) -> None:
+def test_each_user_is_averaged_and_clipped_once(
+    kind: str, most: int | None, clip_norm: float
+) -> None:
     if kind == "network":
         module, batch = network().double(), numbers(ROWS, 4).double()
     else:
         module, batch = tied_language_model().double(), tokens(ROWS, 5)
     units = np.repeat(np.arange(len(SIZES)), SIZES).tolist()
     means = by_unit(loop_gradients(module, squares, batch), units)
-    by_hand = clipped_by_hand(means, CLIP_NORM)
-    found = user_sum(module, batch, users_of(SIZES), most)
+    by_hand = clipped_by_hand(means, clip_norm)
+    found = user_sum(module, batch, users_of(SIZES), most, clip_norm=clip_norm)
     assert_close(found, by_hand, 1e-9)
 
 
@@ -219,7 +222,10 @@ def test_an_incomplete_user_is_never_released_or_mixed_with_another() -> None:
     step.discard()
     run(step, module, batch, parts)
     assert step.release(1).units == 2
+    found = {name: p.grad.clone() for name, p in step.parameters.items()}
     step.close()
+    module.zero_grad(set_to_none=True)
+    assert_close(found, user_sum(module, batch, users_of([10, 3]), 4, clip_norm=1.0), 1e-5)
 
 
 def test_a_micro_batch_without_a_loss_counts_as_zero() -> None:
