@@ -108,6 +108,7 @@ class PrivateStep:
         plan: clip norm, clipping kind, noise multiplier and the public normaliser.
         noise: draws the noise.
         loss_reduction: whether the loss is a mean or a sum over the rows of a micro-batch.
+        local_rate: for a unit of several micro-batches, the rate of its local steps; 0 for none.
 
     Raises:
         ConfigurationError: there is no trainable parameter, or one is not a plain parameter.
@@ -122,6 +123,7 @@ class PrivateStep:
         plan: PrivacyPlan,
         noise: NoiseMechanism,
         loss_reduction: LossReduction = "mean",
+        local_rate: float = 0.0,
     ) -> None:
         if not parameters:
             raise ConfigurationError(
@@ -141,7 +143,7 @@ class PrivateStep:
         self._capture: Capture | None = None
         self._weights: tuple[float, ...] = ()
         self._rows: UnitRows | None = None
-        self._open = OpenUnit()
+        self._open = OpenUnit(local_rate)
         self._buffered: BufferLayout | None = None
         self._sums: dict[str, Tensor] = {}
         self._buffered_sum: Tensor | None = None
@@ -205,6 +207,8 @@ class PrivateStep:
             self._buffered = capture.bufferable
         if self._open or (self._rows is not None and self._rows.unfinished):
             self._open.add(found, self.parameters, self._units(), capture.buffer)
+            if self._rows is not None and self._rows.unfinished:
+                self._open.step(self.parameters, len(self._weights), self._rows.sizes[0])
             self._settle()
         else:
             self._clip(found, self._units(), capture.buffer)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_privacy.errors import GuaranteeError
+from lightning_privacy.noise import GaussianNoise, secret_from_seed
 from lightning_privacy.sampling import MicroBatch, UnitRows, packed
 from lightning_privacy.step import PrivateStep
 from tests.clipping.reference import (
@@ -250,4 +251,71 @@ def test_statistics_count_users() -> None:
     assert (statistics.units, statistics.nonfinite) == (4, 1)
     assert statistics.clipped_share == 0.75
     assert norm({n: p.grad for n, p in step.parameters.items()}) <= 3e-3 * (1 + 1e-4)
+    step.close()
+
+
+# ---------------------------------------------------------------------- local steps (DP-FedAvg)
+def along_local_steps(
+    module: nn.Module, batch: Tensor, parts: Sequence[Sequence[int]], rate: float
+) -> Gradients:
+    """The mean over rows of gradients along steps of plain SGD, from a copy of the module."""
+    import copy
+
+    local = copy.deepcopy(module)
+    total = {name: torch.zeros_like(p) for name, p in local.named_parameters()}
+    count = sum(map(len, parts))
+    for part in parts:
+        loss = squares(local, batch[list(part)])
+        gradients = torch.autograd.grad(loss, list(local.parameters()))
+        with torch.no_grad():
+            for (name, p), gradient in zip(local.named_parameters(), gradients, strict=True):
+                total[name] += gradient * len(part) / count
+                p.sub_(rate * gradient)
+    return total
+
+
+@pytest.mark.parametrize("clip_norm", [0.05, 1e3])
+def test_local_steps_are_those_of_each_user_alone(clip_norm: float) -> None:
+    module, batch = network().double(), numbers(ROWS, 4).double()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    step = PrivateStep(
+        parameters=dict(module.named_parameters()),
+        plan=step_of(module, clip_norm=clip_norm)._plan,
+        noise=GaussianNoise(secret_from_seed(1)),
+        local_rate=0.3,
+    )
+    learn_from(step, module, squares, batch)
+    parts = packed(users_of(SIZES), 5)
+    run(step, module, batch, parts)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name])
+    step.release(0)
+    found = {name: p.grad.clone() for name, p in step.parameters.items()}
+    step.close()
+    module.zero_grad(set_to_none=True)
+    updates = []
+    for user in users_of(SIZES):
+        own = [part.indices for part in parts if set(part.indices) <= set(user.tolist())]
+        cut = own if sum(map(len, own)) == len(user) else [user.tolist()]
+        updates.append(along_local_steps(module, batch, cut, 0.3))
+    stacked = {name: torch.stack([one[name] for one in updates]) for name in updates[0]}
+    assert_close(found, clipped_by_hand(stacked, clip_norm), 1e-9)
+    plain = user_sum(module, batch, users_of(SIZES), 5, clip_norm=clip_norm)
+    assert difference(found, plain) > 1e-3 * norm(plain)
+
+
+def test_parameters_are_put_back_whatever_happens() -> None:
+    module, batch = network(), numbers(16, 4)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    step = PrivateStep(
+        parameters=dict(module.named_parameters()),
+        plan=step_of(module)._plan,
+        noise=GaussianNoise(secret_from_seed(1)),
+        local_rate=0.3,
+    )
+    learn_from(step, module, squares, batch)
+    run(step, module, batch, packed(users_of([10, 3]), 4)[:2])
+    assert any(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+    step.abort()
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
     step.close()

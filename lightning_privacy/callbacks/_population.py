@@ -6,12 +6,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.errors import ConfigurationError
+from lightning_privacy.noise import fresh_secret, secret_from_seed
 from lightning_privacy.sampling import BoundedSampler, PoissonSampler, UserSampler, user_index
 from lightning_privacy.types import PrivacyUnit
 
 if TYPE_CHECKING:
     from lightning_privacy.accounting.tiers import Tier
     from lightning_privacy.callbacks._settings import PrivacySettings
+    from lightning_privacy.callbacks._state import RunState
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling import UserIndex
     from lightning_privacy.sampling.base import Sampler
@@ -99,3 +101,37 @@ class Population:
                 )
             found.append(known[name])
         return found
+
+
+def population_of(
+    settings: PrivacySettings, state: RunState, dataset: Any, trainer: Any
+) -> Population:
+    """Find out what a run draws from, with the choice of examples that the run began with.
+
+    Args:
+        settings: What the user configured.
+        state: Keeps the seed of that choice.
+        dataset: The training data set.
+        trainer: The trainer of the fit.
+
+    Returns:
+        The population.
+
+    Raises:
+        ConfigurationError: As `Population`; or local steps are asked for in manual optimization,
+            which sees a whole draw at once.
+    """
+    if (
+        settings.user_update == "local_steps"
+        and not trainer.lightning_module.automatic_optimization
+    ):
+        raise ConfigurationError(
+            must="user_update='local_steps' goes with automatic optimization",
+            found="automatic_optimization = False",
+            cost="no local step: manual optimization sees a whole draw as one batch",
+            remedy="use user_update='mean', or automatic optimization",
+        )
+    if state.bound_seed is None:
+        seed = settings.test_seed
+        state.bound_seed = fresh_secret() if seed is None else secret_from_seed(seed)
+    return Population(settings, dataset, trainer.datamodule, state.bound_seed)

@@ -15,11 +15,13 @@ from lightning_privacy.types import (
     ACCOUNTANT_NAMES,
     CLIPPING_KINDS,
     LOSS_REDUCTIONS,
+    USER_UPDATES,
     AccountantName,
     ClippingKind,
     LossReduction,
     PrivacyUnit,
     UserSampling,
+    UserUpdate,
     one_of,
     real_number,
     whole_number,
@@ -57,6 +59,8 @@ class PrivacySettings:
     group_size: int | None
     users: UserIds | None
     tiers: TierPolicy | None
+    user_update: UserUpdate | None
+    local_learning_rate: float | None
     releases_per_draw: int | None
     independence_check: bool
     independent_buffers: Sequence[str]
@@ -150,6 +154,34 @@ class PrivacySettings:
         units = tuple(str(unit) for unit in PrivacyUnit)
         one_of("unit", self.unit, units, cost=wrong, remedy='use "example"')
 
+    def _check_local_steps(self) -> None:
+        one_of(
+            "user_update",
+            self.user_update or "mean",
+            USER_UPDATES,
+            cost="a contribution of users that nobody defined",
+            remedy="use 'mean' or 'local_steps'",
+        )
+        local = self.user_update == "local_steps"
+        if local != (self.local_learning_rate is not None) or (
+            local and self.user_sampling == "examples"
+        ):
+            raise ConfigurationError(
+                must="user_update='local_steps' goes with local_learning_rate and drawn users",
+                found=f"user_update={self.user_update!r}, user_sampling={self.user_sampling!r}, "
+                f"local_learning_rate={self.local_learning_rate!r}",
+                cost="local steps of no length, or of examples",
+                remedy="pass all of them, for instance local_learning_rate=0.1",
+            )
+        if local:
+            real_number(
+                "local_learning_rate",
+                self.local_learning_rate,
+                "(0, inf)",
+                cost="local steps that lead nowhere",
+                remedy="pass the rate of a user's own steps, for instance 0.1",
+            )
+
     def _check_tiers(self) -> None:
         if self.tiers is None:
             return
@@ -171,7 +203,7 @@ class PrivacySettings:
         object.__setattr__(self, "epsilon", largest)
 
     def _check_users(self) -> None:
-        given = (self.user_sampling, self.group_size, self.users, self.tiers)
+        given = (self.user_sampling, self.group_size, self.users, self.tiers, self.user_update)
         if self.unit != PrivacyUnit.USER:
             if any(value is not None for value in given):
                 raise user_settings_without_users()
@@ -180,6 +212,7 @@ class PrivacySettings:
             object.__setattr__(self, "user_sampling", "users")
         check_user_sampling(self.user_sampling)
         checked_group_size(self.group_size)
+        self._check_local_steps()
         if self.expected_batch_size is None and self.sample_rate is None:
             raise ConfigurationError(
                 must="with unit='user' the rate or the expected batch is given",

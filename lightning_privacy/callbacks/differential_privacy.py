@@ -17,7 +17,7 @@ from lightning_privacy.callbacks._planning import (
     make_plan,
     sampling_of,
 )
-from lightning_privacy.callbacks._population import Population
+from lightning_privacy.callbacks._population import population_of
 from lightning_privacy.callbacks._settings import PrivacySettings
 from lightning_privacy.callbacks._state import STATE_KEY, RunState, local_directory
 from lightning_privacy.callbacks._tally import Tally
@@ -42,7 +42,13 @@ if TYPE_CHECKING:
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling.users import UserIds
     from lightning_privacy.tiers import TierPolicy
-    from lightning_privacy.types import AccountantName, ClippingKind, LossReduction, UserSampling
+    from lightning_privacy.types import (
+        AccountantName,
+        ClippingKind,
+        LossReduction,
+        UserSampling,
+        UserUpdate,
+    )
 
 _EACH_STEP: Final[dict[str, Any]] = {"on_step": True, "on_epoch": False, "batch_size": 1}
 
@@ -81,19 +87,16 @@ class DifferentialPrivacy(Callback):
         clipping: "flat", "per_layer" or "automatic".
         accountant: "pld" (tightest), "prv" or "rdp".
         loss_reduction: Whether the loss is a "mean" or a "sum" over the examples of a batch.
-        unit: What is protected: one "example", or a "user" with everything that belongs to them.
-        user_sampling: With unit="user", what is drawn: "users" (the default; ``clip_norm`` bounds
-            the mean gradient of a user), or "examples" (``clip_norm`` bounds the gradient of each,
-            and the accountant counts those of one user together). ``expected_batch_size``,
-            ``sample_rate`` and ``dataset_size`` then count users, or those examples.
-        group_size: With unit="user", the most examples of a user: in each draw, chosen anew, or,
-            with "examples", in the whole run. Take it from public knowledge: the median of private
-            counts is private itself.
-        users: With unit="user", whose rows are whose: the name of a column or attribute of the data
-            set or of a key of its examples, a function of an example, or one id for each row. By
-            default the attribute ``users`` of the data set or of the data module.
-        tiers: With unit="user", individual budgets. ``clip_norm`` and the rate are then means over
-            all users, and ``epsilon`` is the largest target.
+        unit: What is protected: one "example", or one "user". The next six are for users.
+        user_sampling: What is drawn and counted: "users" (the default), or "examples", which are
+            clipped one by one.
+        group_size: The most examples of a user, by public knowledge: private counts are private.
+        users: Whose rows are whose: a column or attribute of the data set, a key of its examples, a
+            function of one, or an id for each row; by default an attribute ``users``.
+        tiers: Individual budgets; ``clip_norm`` and rate are then means, ``epsilon`` the largest.
+        user_update: With drawn users, what is clipped: the "mean" gradient (the default), or that
+            along "local_steps" of ``local_learning_rate``, one for each micro-batch of the user.
+        local_learning_rate: The rate of these steps, > 0.
         releases_per_draw: Optimizer steps on one batch, in manual optimization; by default the
             number of optimizers.
         independence_check: Whether to check, before the first step and now and then later, that
@@ -133,6 +136,8 @@ class DifferentialPrivacy(Callback):
         group_size: int | None = None,
         users: UserIds | None = None,
         tiers: TierPolicy | None = None,
+        user_update: UserUpdate | None = None,
+        local_learning_rate: float | None = None,
         releases_per_draw: int | None = None,
         independence_check: bool = True,
         independent_buffers: Sequence[str] = (),
@@ -157,6 +162,8 @@ class DifferentialPrivacy(Callback):
             group_size=group_size,
             users=users,
             tiers=tiers,
+            user_update=user_update,
+            local_learning_rate=local_learning_rate,
             releases_per_draw=releases_per_draw,
             independence_check=independence_check,
             independent_buffers=tuple(independent_buffers),
@@ -255,12 +262,7 @@ class DifferentialPrivacy(Callback):
     def _prepare_loader(self, dataloader: Any) -> PrivateLoader:
         check_loader(dataloader)
         trainer, state = self._trainer, self._state
-        if state.bound_seed is None:
-            seed = self.settings.test_seed
-            state.bound_seed = fresh_secret() if seed is None else secret_from_seed(seed)
-        population = Population(
-            self.settings, dataloader.dataset, trainer.datamodule, state.bound_seed
-        )
+        population = population_of(self.settings, state, dataloader.dataset, trainer)
         sampling = sampling_of(self.settings, dataloader, trainer.world_size, population)
         first = self._so_far is None
         plan = make_plan(self.settings, state, trainer, sampling)
@@ -296,6 +298,7 @@ class DifferentialPrivacy(Callback):
             plan=plan,
             noise=GaussianNoise(self._secret),
             loss_reduction=self.settings.loss_reduction,
+            local_rate=self.settings.local_learning_rate or 0.0,
         )
         step.layouts = layouts
         return step

@@ -311,3 +311,58 @@ def test_a_low_precision_fit_with_large_users(tmp_path: Path) -> None:
     fit.fit(Regression(), loader(2))
     assert callback.steps == 3
     assert callback.plan.precision_slack == 2e-2
+
+
+# ---------------------------------------------------------------------- local steps
+def local_steps(**settings: Any) -> Any:
+    return user_privacy(
+        **{"user_update": "local_steps", "local_learning_rate": 0.2, "clip_norm": 0.5, **settings}
+    )
+
+
+def test_local_steps_train_and_leave_the_weights_to_the_optimizer(tmp_path: Path) -> None:
+    results = []
+    for make in (local_steps, user_privacy):
+        module = Regression()
+        callback = make(noise_multiplier=0.0)
+        trainer(tmp_path, callback, max_steps=4, max_epochs=-1).fit(module, loader(2))
+        results.append(weights(module))
+    start = weights(Regression())
+    moved = sum(float((results[0][n] - v).square().sum()) for n, v in start.items()) ** 0.5
+    assert 0 < moved <= 4 * LR * 0.5 * len(COUNTS) / EXPECTED
+    assert not same(*results)
+
+
+@pytest.mark.parametrize("count", [7, 500])
+def test_one_user_with_local_steps_moves_the_weights_by_at_most_the_clip_norm(
+    tmp_path: Path, count: int
+) -> None:
+    others = [f"other {number}" for number in range(5) for _ in range(2)]
+    moved = []
+    for ids in ([*others, *["ann"] * count], others):
+        module = Regression(lr=1.0)
+        callback = local_steps(
+            noise_multiplier=0.0, group_size=60, sample_rate=1.0, expected_batch_size=1,
+            independence_check=False,
+        )  # fmt: skip
+        fit = trainer(tmp_path, callback, max_steps=1, max_epochs=-1)
+        fit.fit(module, DataLoader(Poisoned(ids, "ann", 3.0), batch_size=2))
+        moved.append(weights(module))
+    distance = sum(float((moved[0][n] - v).square().sum()) for n, v in moved[1].items()) ** 0.5
+    assert 0.4 < distance <= 0.5 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"local_learning_rate": None}, "goes with local_learning_rate"),
+        ({"user_update": None}, "goes with local_learning_rate"),
+        ({"user_sampling": "examples"}, "and drawn users"),
+        ({"local_learning_rate": 0.0}, "`local_learning_rate` must be"),
+        ({"user_update": "best"}, "`user_update` must be one of"),
+        ({"unit": "example", "group_size": None}, "go with unit='user'"),
+    ],
+)
+def test_local_steps_need_a_rate_and_drawn_users(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        local_steps(**settings)
