@@ -88,8 +88,7 @@ class DifferentialPrivacy(Callback):
         accountant: "pld" (tightest), "prv" or "rdp".
         loss_reduction: Whether the loss is a "mean" or a "sum" over the examples of a batch.
         unit: What is protected: one "example", or one "user". The next six are for users.
-        user_sampling: What is drawn and counted: "users" (the default), or "examples", which are
-            clipped one by one.
+        user_sampling: What is drawn, counted, clipped: "users" (the default), or "examples".
         group_size: The most examples of a user, by public knowledge: private counts are private.
         users: Whose rows are whose: a column or attribute of the data set, a key of its examples, a
             function of one, or an id for each row; by default an attribute ``users``.

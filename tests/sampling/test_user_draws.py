@@ -162,3 +162,32 @@ def test_units_that_do_not_add_up_are_refused(index, sizes, unfinished):
 def test_units_must_name_every_row():
     with pytest.raises(GuaranteeError, match="a micro-batch must have"):
         MicroBatch(indices=(1, 2), weights=(1.0, 1.0), units=UnitRows(index=(0,), sizes=(1,)))
+
+
+# ---------------------------------------------------------------------- scale
+@pytest.mark.slow
+def test_a_hundred_thousand_skewed_users_with_known_secrets_are_drawn_in_moments():
+    import time
+
+    from lightning_privacy.data import SecretsCorpus
+
+    corpus = SecretsCorpus(n_users=100_000, docs_per_user=500, document_skew=0.7)
+    people = corpus.users()
+    assert len({person.secret for person in people}) == 1000
+    counts = np.array([len(person.documents) for person in people])
+    assert counts.max() == 500
+    assert np.median(counts) == 1
+    index = UserIndex(np.repeat([person.name for person in people], counts).tolist())
+    assert index.count == 100_000
+    start = time.perf_counter()
+    by_users = UserSampler(index=index, group_size=8, sample_rate=0.01, secret=SECRET)
+    sizes = [sum(map(len, by_users.draw(cursor))) for cursor in range(10)]
+    parts = by_users.plan(0, 64)
+    by_examples = BoundedSampler(
+        index=index, group_size=8, sample_rate=0.01, secret=SECRET, seed=SEED
+    )
+    by_examples.draw(0)
+    assert time.perf_counter() - start < 20
+    assert 900 < np.mean(sizes) < 1300
+    assert len(parts) < 1.3 * sizes[0] / 64 + 2
+    assert by_examples.bounded_size == np.minimum(counts, 8).sum()
