@@ -62,11 +62,11 @@ class LossProbe:
             most: How many, at most.
 
         Returns:
-            Positions, drawn afresh for each check, and no more than two or a physical batch, so
-            that they fit into memory; fewer in a data set of fewer rows.
+            Positions, drawn afresh for each check, and no more than two or half a physical batch:
+            a check holds the gradients of two batches. Fewer in a data set of fewer rows.
         """
         size = len(self._loader.dataset)  # type: ignore[arg-type]
-        count = min(most, size, max(2, self._loader.batch_size or 1))
+        count = min(most, size, max(2, (self._loader.batch_size or 1) // 2))
         candidates = secrets.SystemRandom().sample(range(size), min(size, _CANDIDATES * count))
         try:
             traits = [_traits(self._collated([row])) for row in candidates]

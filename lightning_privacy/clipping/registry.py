@@ -40,8 +40,8 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     GPU waits for.
     """
     if torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
-    return super(torch.autograd.Function, function).apply(*arguments)
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -36,6 +36,9 @@ from torch.utils.data import DataLoader, TensorDataset
 GIB = 2**30
 # Planned steps of a run, of which the first few are measured.
 RUN = 200
+# Steps that are not counted. A private run compares contents and rows at steps 1, 2, 4, 8, …; what
+# that costs shows in the seconds of each step, which are written out.
+WARM = {"non-private": 3, "private": 9, "opacus hooks": 3, "opacus ghost": 3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,16 +117,23 @@ def build(case: Case, device: torch.device) -> nn.Module:
     finally:
         torch.set_default_dtype(before)
     if case.lora:
-        model = with_adapters(model, device, checkpointing=case.checkpointing)
-    elif case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = with_adapters(model, device)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model.train()
 
 
-def with_adapters(model: nn.Module, device: torch.device, *, checkpointing: bool) -> nn.Module:
+def set_checkpointing(model: nn.Module, case: Case) -> None:
+    """Recompute activations in the backward, or do not."""
+    base = model.base_model.model if case.lora else model
+    if case.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        base.gradient_checkpointing_disable()
+
+
+def with_adapters(model: nn.Module, device: torch.device) -> nn.Module:
     """The linear layers in 4 bits, frozen, with LoRA of rank 16 on them."""
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
@@ -140,12 +150,12 @@ def with_adapters(model: nn.Module, device: torch.device, *, checkpointing: bool
                     compress_statistics=True,
                 )
                 layer.weight = bnb.nn.Params4bit(
-                    child.weight.data.cpu(), requires_grad=False, quant_type="nf4"
+                    child.weight.data, requires_grad=False, quant_type="nf4"
                 )
+                if device.type == "cuda":
+                    layer.weight = layer.weight._quantize(device)
                 setattr(module, name, layer.to(device))
     model.requires_grad_(False)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     adapted = get_peft_model(
         model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -193,7 +203,12 @@ class Clock(L.Callback):
 
     def __init__(self, steps: int) -> None:
         self.ends: list[float] = []
+        self.peak = 0.0
         self._steps, self._last = 0, steps
+
+    def on_train_start(self, *arguments: Any) -> None:
+        """The checks before the first step are not over yet."""
+        self.ends.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Note the time, once for each optimizer step."""
@@ -201,6 +216,9 @@ class Clock(L.Callback):
             self._steps = trainer.global_step
             synchronize()
             self.ends.append(time.perf_counter())
+            if self._steps == 1 and torch.cuda.is_available():
+                self.peak = torch.cuda.max_memory_allocated() / GIB
+                torch.cuda.reset_peak_memory_stats()
             trainer.should_stop = self._steps >= self._last
 
 
@@ -211,8 +229,8 @@ def synchronize() -> None:
 
 
 def fit(case: Case, model: nn.Module, steps: int, *, private: bool, logical: int | None) -> Any:
-    """Seconds of each step but the first, and rows of the same steps."""
-    clock, rows = Clock(steps + 1), case.rows
+    """Seconds and rows of each step, and the peak until the end of the first."""
+    clock, rows = Clock(steps), case.rows
     callbacks: list[L.Callback] = [clock]
     whole = logical or rows
     count = rows if logical is None else 20 * logical
@@ -246,7 +264,7 @@ def fit(case: Case, model: nn.Module, steps: int, *, private: bool, logical: int
     ids = torch.randint(0, SHAPES[case.shape]["vocab_size"], (count, case.tokens))
     trainer.fit(Module(model), DataLoader(TensorDataset(ids), batch_size=rows))
     seconds = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
-    return seconds, drawn.by_step[1:]
+    return seconds, drawn.by_step, clock.peak
 
 
 class Rows(L.Callback):
@@ -287,7 +305,7 @@ def opacus(case: Case, model: nn.Module, steps: int, *, ghost: bool) -> Any:
         wrapped = GradSampleModule(model, strict=False)
         optimizer = DPOptimizer(adamw(model), **options)
     seconds = []
-    for _ in range(steps + 1):
+    for _ in range(steps):
         ids = torch.randint(0, SHAPES[case.shape]["vocab_size"], (case.rows, case.tokens))
         synchronize()
         start = time.perf_counter()
@@ -299,7 +317,7 @@ def opacus(case: Case, model: nn.Module, steps: int, *, ghost: bool) -> Any:
         synchronize()
         seconds.append(time.perf_counter() - start)
     wrapped.to_standard_module() if hasattr(wrapped, "to_standard_module") else None
-    return seconds[1:], [case.rows] * steps
+    return seconds, [case.rows] * steps, 0.0
 
 
 class _Given(nn.Module):
@@ -333,17 +351,18 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        seconds, rows = RUNS[mode](case, model, steps, logical)
+        seconds, rows, first_peak = RUNS[mode](case, model, WARM[mode] + steps, logical)
     except Exception as error:
         if mode in ("non-private", "private"):
             raise
         return row | {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-    row["seconds"] = statistics.median(seconds)
-    row["tokens_per_second"] = sum(rows) * case.tokens / sum(seconds)
-    if logical is None:
-        row["tokens_per_second"] = case.rows * case.tokens / row["seconds"]
+    row["seconds"] = [round(second, 4) for second in seconds]
+    counted = slice(WARM[mode], None)
+    rate = [own / second for own, second in zip(rows[counted], seconds[counted], strict=True)]
+    row["tokens_per_second"] = statistics.median(rate) * case.tokens
     if torch.cuda.is_available():
         row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        row["peak_first_gib"] = max(first_peak, row["peak_gib"])
     return row
 
 
@@ -387,9 +406,15 @@ def main() -> None:
     if options.cap and device.type == "cuda":
         share = options.cap * GIB / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    model, shape = nn.Module(), ""
     for name in options.cases:
-        model = build(CASES[name], device)
+        case = CASES[name]
+        if case.shape != shape:
+            model, shape = nn.Module(), case.shape
+            gc.collect()
+            model = build(case, device)
+        set_checkpointing(model, case)
         for mode in (*options.modes, options.modes[0]):
             row = measure(name, mode, model, options.steps, options.logical)
             if device.type == "cuda":
@@ -401,8 +426,6 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
             model.zero_grad(set_to_none=True)
             gc.collect()
-        del model
-        gc.collect()
     print(table(rows))
 
 
