@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_privacy.accounting import PrivacyLedger
     from lightning_privacy.callbacks import DifferentialPrivacy
     from lightning_privacy.errors import (
         BudgetExceededError,
@@ -31,6 +32,7 @@ __all__ = [
     "GuaranteeError",
     "NeighbouringRelation",
     "PrivacyError",
+    "PrivacyLedger",
     "PrivacyPlan",
     "PrivacyUnit",
     "PrivateSingleDeviceStrategy",
@@ -45,6 +47,7 @@ _HOME = {
     "GuaranteeError": "errors",
     "NeighbouringRelation": "types",
     "PrivacyError": "errors",
+    "PrivacyLedger": "accounting",
     "PrivacyPlan": "plan",
     "PrivacyUnit": "types",
     "PrivateSingleDeviceStrategy": "strategies",

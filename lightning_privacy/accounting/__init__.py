@@ -6,6 +6,7 @@ Pure functions and small values; they know nothing of models, sampling or Lightn
 from __future__ import annotations
 
 from lightning_privacy.accounting.accountants import delta, epsilon
+from lightning_privacy.accounting.budget import LedgerEntry, PrivacyLedger
 from lightning_privacy.accounting.calibrate import max_steps, noise_multiplier_for
 from lightning_privacy.accounting.events import GaussianRelease
 from lightning_privacy.accounting.journal import Journal
@@ -16,6 +17,8 @@ __all__ = [
     "GaussianRelease",
     "Journal",
     "Ledger",
+    "LedgerEntry",
+    "PrivacyLedger",
     "delta",
     "epsilon",
     "max_steps",

@@ -120,6 +120,27 @@ def delta(
     return min(1.0, max(0.0, float(value)))
 
 
+def renyi_epsilon(releases: Sequence[GaussianRelease], delta: float, order: float) -> float:
+    """Returns the ε at δ that follows from the Rényi divergences of one order, added up.
+
+    Larger than `epsilon`. A bound on this sum stays valid where each release was chosen after
+    looking at the earlier ones, its noise and rate included: it is what a Rényi filter compares
+    with its budget (Feldman and Zrnic 2021, arXiv 2008.11193, theorem 4.3).
+
+    Args:
+        releases: What was released, in any order.
+        delta: δ, in (0, 1).
+        order: α > 1, chosen before anything was released.
+
+    Returns:
+        ε >= 0, possibly infinite. Of units of several parts, as if all were drawn together.
+    """
+    spent = merged(releases)
+    if any(release.noise_multiplier == 0 for release in spent):
+        return math.inf
+    return max(0.0, float(_rdp(spent, [order]).get_epsilon(checked_delta(delta))))
+
+
 def checked_delta(delta: object) -> float:
     """Returns δ as a float, or refuses it.
 
@@ -189,18 +210,31 @@ def _cached_epsilon(
     return pld_epsilon(spent, delta, discretization)
 
 
-def _rdp(spent: tuple[GaussianRelease, ...]) -> Any:
+def _rdp(spent: tuple[GaussianRelease, ...], orders: Sequence[float] | None = None) -> Any:
     from dp_accounting import dp_event
     from dp_accounting.rdp import RdpAccountant
 
     # Add-or-remove only: with replace-one this accountant drops a factor of 2.
-    accountant = RdpAccountant()
+    accountant = RdpAccountant(orders)
     with _without_advice():
-        for release in spent:
+        for release in map(_together, spent):
             gaussian = dp_event.GaussianDpEvent(release.noise_multiplier)
             sampled = dp_event.PoissonSampledDpEvent(release.sample_rate, gaussian)
             accountant.compose(sampled if release.sample_rate < 1 else gaussian, release.count)
     return accountant
+
+
+def _together(release: GaussianRelease) -> GaussianRelease:
+    """A release in which all parts of a unit are drawn as soon as any is: it reveals more."""
+    if release.group_size == 1:
+        return release
+    return GaussianRelease(
+        noise_multiplier=release.noise_multiplier / release.group_size,
+        sample_rate=min(1.0, -math.expm1(release.group_size * math.log1p(-release.sample_rate)))
+        if release.sample_rate < 1
+        else 1.0,
+        count=release.count,
+    )
 
 
 @contextmanager

@@ -10,24 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from typing_extensions import override
 
+from lightning_privacy.callbacks import _planning, _validation
+from lightning_privacy.callbacks._bookings import Bookings
 from lightning_privacy.callbacks._checks import RowChecks
-from lightning_privacy.callbacks._planning import (
-    EpsilonSoFar,
-    epsilon_of,
-    make_plan,
-    sampling_of,
-)
+from lightning_privacy.callbacks._planning import EpsilonSoFar, epsilon_of
 from lightning_privacy.callbacks._population import population_of
 from lightning_privacy.callbacks._settings import PrivacySettings
 from lightning_privacy.callbacks._state import STATE_KEY, RunState, local_directory
 from lightning_privacy.callbacks._tally import Tally
-from lightning_privacy.callbacks._validation import (
-    refuse_module,
-    refuse_optimizers,
-    refuse_trainer,
-    state_missing,
-    warn_compiled,
-)
 from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_seed
 from lightning_privacy.reports import PrivacySummary, print_summary
@@ -39,6 +29,7 @@ from lightning_privacy.strategies import PrivateRun, privatize
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lightning_privacy.accounting import PrivacyLedger
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling.users import UserIds
     from lightning_privacy.tiers import TierPolicy
@@ -107,6 +98,8 @@ class DifferentialPrivacy(Callback):
         journal: Whether to reserve steps on disk before they run, so that a crash loses no spent
             budget. Needed to resume truthfully.
         journal_dir: Where to put the journal; by default beside the checkpoints.
+        ledger: What all runs on the data set have spent together: the planned steps are reserved
+            there before the first one, and refused if the data set's budget does not allow them.
         print_table: Whether to print the closing table at the end of the fit.
 
     Raises:
@@ -143,6 +136,7 @@ class DifferentialPrivacy(Callback):
         test_seed: int | None = None,
         journal: bool = True,
         journal_dir: str | None = None,
+        ledger: PrivacyLedger | None = None,
         print_table: bool = True,
     ) -> None:
         self.settings = PrivacySettings(
@@ -171,6 +165,7 @@ class DifferentialPrivacy(Callback):
             journal_dir=journal_dir,
         )
         self.print_table = print_table
+        self._bookings = Bookings(ledger, journal)
         self._state = RunState()
         self._tally = Tally()
         self._secret = b""
@@ -238,7 +233,7 @@ class DifferentialPrivacy(Callback):
         self._stage = stage
         if stage != "fit":
             return
-        refuse_trainer(trainer, pl_module, self)
+        _validation.refuse_trainer(trainer, pl_module, self)
         strategy: Any = trainer.strategy
         # Single inheritance keeps the layout, so that the class of an instance may be switched.
         ordinary: type[Any] = type(strategy)
@@ -262,9 +257,9 @@ class DifferentialPrivacy(Callback):
         check_loader(dataloader)
         trainer, state = self._trainer, self._state
         population = population_of(self.settings, state, dataloader.dataset, trainer)
-        sampling = sampling_of(self.settings, dataloader, trainer.world_size, population)
+        sampling = _planning.sampling_of(self.settings, dataloader, trainer.world_size, population)
         first = self._so_far is None
-        plan = make_plan(self.settings, state, trainer, sampling)
+        plan = _planning.make_plan(self.settings, state, trainer, sampling)
         to_come = plan.release(plan.steps - state.ledger.count)
         self._planned_epsilon = epsilon_of([*state.ledger.releases, to_come], plan)
         self._so_far = EpsilonSoFar(plan, self._planned_epsilon)
@@ -282,14 +277,15 @@ class DifferentialPrivacy(Callback):
         trainer, plan = self._trainer, self._state.plan
         module = trainer.lightning_module
         if trainer.ckpt_path is not None and trainer.global_step and not self._restored:
-            raise state_missing(trainer.global_step)
+            raise _validation.state_missing(trainer.global_step)
         assert plan is not None
         parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        refuse_module(module, self.settings.independent_buffers)
-        refuse_optimizers(trainer.optimizers, {id(p): n for n, p in parameters.items()})
-        warn_compiled(module)
+        _validation.refuse_module(module, self.settings.independent_buffers)
+        _validation.refuse_optimizers(trainer.optimizers, {id(p): n for n, p in parameters.items()})
+        _validation.warn_compiled(module)
         assert self._run is not None
         layouts = RowChecks(self.settings, trainer, self._run, parameters).before_training()
+        self._bookings.reserve(self._state)
         if trainer.checkpoint_callbacks:
             self._open_journal()
         step = PrivateStep(
@@ -356,6 +352,7 @@ class DifferentialPrivacy(Callback):
             return
         self._run.close()
         self._state.settle_journal()
+        self._bookings.settle(self._state)
         # Without a run the strategy validates, tests and predicts as ever, and refuses to fit.
         trainer.strategy.private_run = self._run = None
         self._so_far = None

@@ -1,8 +1,8 @@
 """The command ``lightning-privacy``.
 
 This file answers ``--help`` and mistyped commands without importing torch or Lightning; the
-commands themselves are in :mod:`lightning_privacy.cli.training` and
-:mod:`lightning_privacy.cli.planning`.
+commands themselves are in :mod:`lightning_privacy.cli.training`,
+:mod:`lightning_privacy.cli.planning` and :mod:`lightning_privacy.cli.ledger`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ commands:
   test       evaluate a checkpoint on the test data
   predict    run a checkpoint on the prediction data
   plan       print what a configuration would cost, without training
+  ledger     show or add to what all runs on a data set have spent together
 
 first steps:
   lightning-privacy fit --config recipes/quickstart.yaml
@@ -84,9 +85,14 @@ def _run(words: list[str]) -> None:
 
         print_plan(words[1:])
         return
+    if command == "ledger":
+        from lightning_privacy.cli.ledger import run_ledger
+
+        run_ledger(words[1:])
+        return
     if command not in TRAINER_COMMANDS and not command.startswith("-"):
         raise ConfigurationError(
-            must=f"the command is one of {', '.join(TRAINER_COMMANDS)} and plan",
+            must=f"the command is one of {', '.join(TRAINER_COMMANDS)}, plan and ledger",
             found=repr(command),
             cost="nothing could be run",
             remedy="see `lightning-privacy --help`",

@@ -135,14 +135,20 @@ class StateGuard:
         pieces = zip(self._small, now.split(sizes), self._small_before.split(sizes), strict=True)
         return [name for name, after, before in pieces if not torch.equal(after, before)]
 
-    def _walk(self) -> list[_Entry]:
-        """All parameters and buffers. Every step does this twice, so nothing is formatted here."""
+    @property
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """All modules by name; searched anew only when one was added or removed."""
         if sum(len(part._modules) for _, part in self._modules) != len(self._modules) - 1:
             self._modules = list(self._module.named_modules(remove_duplicate=False))
+        return self._modules
+
+    def _walk(self) -> list[_Entry]:
+        """All parameters and buffers. Every step does this thrice, so nothing is formatted here."""
         return [
             (prefix, name, tensor)
-            for prefix, part in self._modules
+            for prefix, part in self.modules
             for held in (part._parameters, part._buffers)
+            if held
             for name, tensor in held.items()
             if tensor is not None
         ]

@@ -295,11 +295,13 @@ class PrivateRun:
             raise draw_stepped_again()
         if self._watched:
             self._guard.verify("between training steps")
-        if self.recheck is not None and self._repeats.due(self.trainer.current_epoch):
+        due = self.recheck is not None and self._repeats.due(self.trainer.current_epoch)
+        if due and self.recheck is not None:
             self.recheck(*arguments)
         self.labels.forget()
         self._draw = Draw(cursor=cursor, manual=not self.module.automatic_optimization)
-        self._watch_state()
+        if due or not self._watched:
+            self._watch_state()
 
     def _release(self, optimizer: Optimizer) -> None:
         step, draw = self._step(), self._draw
@@ -359,13 +361,14 @@ class PrivateRun:
     def _require_unchanged(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:
             raise accumulation_refused(self.trainer.accumulate_grad_batches)
-        strangers = [
-            name
-            for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad and id(parameter) not in self._covered
-        ]
-        if strangers:
-            raise uncovered(strangers)
+        parts = (part for _, part in self._guard.modules)
+        if any(map(self._is_stranger, (p for part in parts for p in part._parameters.values()))):
+            named = self.module.named_parameters()
+            raise uncovered([name for name, p in named if self._is_stranger(p)])
+
+    def _is_stranger(self, parameter: Tensor | None) -> bool:
+        covered = parameter is None or id(parameter) in self._covered
+        return not covered and parameter.requires_grad
 
     def _step(self) -> PrivateStep:
         if self.step is None:

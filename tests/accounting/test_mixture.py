@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from lightning_privacy.accounting import GaussianRelease, delta, epsilon, mixture
+from lightning_privacy.accounting.accountants import renyi_epsilon
 from lightning_privacy.accounting.mixture import binomial, hockey_stick
 from lightning_privacy.errors import ConfigurationError
 from tests.accounting.goldens import golden, release
@@ -160,3 +161,15 @@ def test_other_accountants_refuse_groups(accountant):
         epsilon([group(4.0, 0.01, 4)], 1e-6, accountant)
     with pytest.raises(ConfigurationError, match="'pld'"):
         delta([group(4.0, 0.01, 4)], 1.0, "rdp")
+
+
+def test_the_filter_of_a_ledger_counts_every_part():
+    releases = [group(4.0, 0.01, 4, 1000)]
+    bound = renyi_epsilon(releases, 1e-6, 8.0)
+    assert bound > epsilon(releases, 1e-6)
+    assert bound == pytest.approx(
+        renyi_epsilon([release(1.0, 1 - 0.99**4, 1000)], 1e-6, 8.0), rel=1e-9
+    )
+    assert renyi_epsilon([group(4.0, 1.0, 4)], 1e-6, 8.0) == pytest.approx(
+        renyi_epsilon([release(1.0, 1.0)], 1e-6, 8.0)
+    )

@@ -15,6 +15,7 @@ SURFACE = {
     "GuaranteeError",
     "NeighbouringRelation",
     "PrivacyError",
+    "PrivacyLedger",
     "PrivacyPlan",
     "PrivacyUnit",
     "PrivateSingleDeviceStrategy",

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
 from lightning_privacy import PrivacyError
+from lightning_privacy.sampling import micro_batches
 from lightning_privacy.strategies import PrivateSingleDeviceStrategy
 from tests.callbacks.training import (
     BATCH,
@@ -220,8 +221,8 @@ def test_epoch_means_weigh_micro_batches_by_their_real_rows(tmp_path: Path) -> N
     callback = privacy(expected_batch_size=BATCH)
     fit = trainer(tmp_path, callback, logger=CSVLogger(tmp_path), log_every_n_steps=1)
     fit.fit(module, loader(batch_size=3))
-    draws = [len(sampler().draw(cursor)) for cursor in range(STEPS)]
-    parts = [min(3, size - start) for size in draws for start in range(0, max(1, size), 3)]
+    draws = [sampler().draw(cursor) for cursor in range(STEPS)]
+    parts = [part.drawn for draw in draws for part in micro_batches(draw, 3)]
     seen = module.seen[-len(parts) :]
     total = sum(loss * rows for (loss, _), rows in zip(seen, parts, strict=True))
     assert float(fit.callback_metrics["loss_epoch"]) == pytest.approx(total / sum(parts), rel=1e-5)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_privacy import ConfigurationError, GuaranteeError
+from lightning_privacy.accounting import PrivacyLedger
 from lightning_privacy.noise import secret_from_seed
 from lightning_privacy.reports.tables import summary_rows
 from lightning_privacy.sampling import BoundedSampler, UserIndex, UserSampler
@@ -366,3 +367,18 @@ def test_one_user_with_local_steps_moves_the_weights_by_at_most_the_clip_norm(
 def test_local_steps_need_a_rate_and_drawn_users(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         local_steps(**settings)
+
+
+def test_a_ledger_adds_up_runs_of_one_unit_only(tmp_path: Path) -> None:
+    ledger = PrivacyLedger(tmp_path / "ledger.db", dataset="d", budget=(1e6, 1e-5))
+    options: dict[str, Any] = {"max_steps": 1, "max_epochs": -1}
+    real = {"test_seed": None, "ledger": ledger, "journal_dir": str(tmp_path)}
+    trainer(tmp_path, user_privacy(user_sampling="examples", **real), **options).fit(
+        Regression(), loader()
+    )
+    (entry,) = ledger.entries()
+    assert entry.releases[0].group_size == GROUP
+    with pytest.raises(ConfigurationError, match="protect the same unit"):
+        trainer(tmp_path, privacy(expected_batch_size=4, **real), **options).fit(
+            Regression(), loader()
+        )

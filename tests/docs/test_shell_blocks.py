@@ -37,6 +37,11 @@ PLANS = {
 def check_own_command(arguments: list[str]) -> None:
     from lightning_privacy.cli import main
 
+    if arguments[0] == "ledger":
+        from lightning_privacy.cli.ledger import parsed
+
+        parsed(arguments[1:])  # the file is the reader's
+        return
     if arguments[0] == "fit":
         arguments = [*arguments, "--print_config"]
     try:

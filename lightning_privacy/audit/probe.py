@@ -1,0 +1,332 @@
+"""A module whose private steps can be read off, and short fits of it through the shipped path.
+
+Each canary has coordinates of its own: row i of two tables ``a`` and ``b``. Its loss is a multiple
+of (a_i + b_i) / √2, far steeper than the clip norm, so that its clipped gradient is exactly the
+clip norm times a unit vector u_i that no other example touches. The released sum, projected on u_i
+and divided by the clip norm, is then 1 where the canary was drawn and 0 where not, plus noise of
+standard deviation σ: each release shows who was drawn, how it was clipped and what noise was added.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FEATURES, WIDTH = 8, 16
+SILENT, CANARY, HEAVY = 0, 1, 2
+"""Kinds of rows: without any gradient, with private coordinates, through the whole network."""
+
+_STEEP = 10.0
+_FAR = 1e3
+_FEWEST_ROWS = 32
+
+
+class Audited(Protocol):
+    """What is audited: makes the callback that makes a fit private, such as `DifferentialPrivacy`.
+
+    The callback must have ``plan``, ``steps`` and ``epsilon()``.
+    """
+
+    def __call__(self, **settings: Any) -> Any:
+        """Make the callback from the settings of `DifferentialPrivacy`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeSettings:
+    """One fit of the probe.
+
+    Args:
+        steps: Private steps.
+        noise_multiplier: σ > 0.
+        members: Canaries in the data; as many are left out.
+        heavy: Rows of one content, with a steep gradient on every parameter of the network.
+        silent: Rows without a gradient.
+        size: The public number of rows: what the callback is told. The data may be longer.
+        sample_rate: q, in (0, 1].
+        clip_norm: C > 0.
+        physical_batch_size: Rows in one micro-batch.
+        clipping: The clipping kind.
+        adapters: Train low-rank factors of frozen layers instead of the layers.
+        seed: What ``seed_everything`` gets before the fit.
+    """
+
+    steps: int
+    noise_multiplier: float
+    members: int = 0
+    heavy: int = 0
+    silent: int = 0
+    size: int = 24
+    sample_rate: float = 0.25
+    clip_norm: float = 2.0
+    physical_batch_size: int = 4
+    clipping: str = "flat"
+    adapters: bool = False
+    seed: int = 0
+
+    @property
+    def expected_batch_size(self) -> int:
+        """The public normaliser."""
+        return round(self.size * self.sample_rate)
+
+
+@dataclass(kw_only=True, slots=True)
+class Recording:
+    """What a fit of the probe released, and what its callback said about it.
+
+    Attributes:
+        releases: ``[T, D]`` noised sums over the clip norm, all parameters side by side.
+        columns: Where each parameter lies.
+        settings: What was asked for.
+        steps: Steps that the callback has charged.
+        epsilon: ε that it reports of them at δ = 1e-5.
+        sample_rate: q of its plan.
+        expected_batch_size: The normaliser of its plan.
+    """
+
+    releases: Tensor
+    columns: dict[str, slice]
+    settings: ProbeSettings
+    steps: int
+    epsilon: float
+    sample_rate: float
+    expected_batch_size: float
+
+    @property
+    def projections(self) -> Tensor:
+        """``[T, M]`` on the canaries' directions, 1 for a full contribution.
+
+        Members come first, then those left out.
+        """
+        return (self._table("a") + self._table("b")) / math.sqrt(2) / self._share(2)
+
+    @property
+    def across(self) -> Tensor:
+        """``[T, M]`` on the directions (a_i − b_i) / √2, where there is noise alone."""
+        return (self._table("a") - self._table("b")) / math.sqrt(2) / self._share(2)
+
+    @property
+    def heavy_norm(self) -> Tensor:
+        """``[T]`` norm over the network's parameters, in full contributions."""
+        parts = [self.releases[:, c] for n, c in self.columns.items() if n.startswith("net.")]
+        return torch.cat(parts, dim=1).norm(dim=1) / self._share(self._layers - 2)
+
+    @property
+    def _layers(self) -> int:
+        return len({name.rpartition(".")[0] for name in self.columns})
+
+    def _share(self, layers: int) -> float:
+        """The part of the clip norm that a row may have which touches so many layers."""
+        return math.sqrt(layers / self._layers) if self.settings.clipping == "per_layer" else 1.0
+
+    def _table(self, name: str) -> Tensor:
+        return self.releases[:, self.columns[f"{name}.weight"]]
+
+
+class _LowRank(nn.Module):
+    """A frozen linear layer with two trainable factors."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) + self.up(self.down(x))
+
+
+class ProbeModule(pl.LightningModule):
+    """The probe: two tables for canaries beside an ordinary network."""
+
+    def __init__(self, settings: ProbeSettings) -> None:
+        super().__init__()
+        rows = max(_FEWEST_ROWS, 2 * settings.members)
+        self.a, self.b = nn.Embedding(rows, 1), nn.Embedding(rows, 1)
+        for table in (self.a, self.b):
+            nn.init.zeros_(table.weight)
+        layer = _LowRank if settings.adapters else nn.Linear
+        # Two layers of one shape, to see whether they get the same noise.
+        self.net = nn.Sequential(
+            layer(FEATURES, WIDTH), nn.Tanh(), layer(WIDTH, WIDTH), nn.Tanh(), layer(WIDTH, WIDTH)
+        )
+        self.settings = settings
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """The mean over the rows of each row's own loss."""
+        kind, index, x = batch
+        steep = _STEEP * self.settings.clip_norm / math.sqrt(2)
+        canary = steep * (self.a(index) + self.b(index))[:, 0]
+        heavy = (self.net(x) - _FAR).square().mean(1)
+        return (canary * (kind == CANARY) + heavy * (kind == HEAVY)).mean()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Read what was released, before the optimizer uses it."""
+        scale = self.settings.expected_batch_size / self.settings.clip_norm
+        flat = [p.grad.double().flatten() for _, p in self.trained() if p.grad is not None]
+        self.seen.append(torch.cat(flat) * scale)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Steps so small that heavy rows stay heavy."""
+        return torch.optim.SGD([p for _, p in self.trained()], lr=1e-4)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable parameters with their names."""
+        return ((n, p) for n, p in self.named_parameters() if p.requires_grad)
+
+    def columns(self) -> dict[str, slice]:
+        """Where each parameter lies in a release."""
+        places, start = {}, 0
+        for name, parameter in self.trained():
+            places[name] = slice(start, start + parameter.numel())
+            start += parameter.numel()
+        return places
+
+
+def probe_rows(settings: ProbeSettings) -> TensorDataset:
+    """The data: kinds, canary numbers and features, the kinds mixed along the rows."""
+    kinds = [CANARY] * settings.members + [HEAVY] * settings.heavy + [SILENT] * settings.silent
+    numbers = [*range(settings.members), *[0] * (settings.heavy + settings.silent)]
+    order = torch.randperm(len(kinds), generator=torch.Generator().manual_seed(7))
+    x = torch.linspace(-1, 1, FEATURES).expand(len(kinds), FEATURES).clone()
+    return TensorDataset(torch.tensor(kinds)[order], torch.tensor(numbers)[order], x)
+
+
+@dataclass(kw_only=True, slots=True)
+class Probe:
+    """Fits the probe with what is audited.
+
+    Args:
+        audited: Makes the callback.
+        directory: For checkpoints and journals; a temporary one by default.
+    """
+
+    audited: Audited
+    directory: Path | None = None
+    _temporary: Any = field(default=None, init=False)
+
+    def __enter__(self) -> Self:
+        """Make the directory."""
+        if self.directory is None:
+            self._temporary = tempfile.TemporaryDirectory()
+            self.directory = Path(self._temporary.name)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Remove the temporary directory."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def fit(self, settings: ProbeSettings, *, resume_after: int | None = None) -> Recording:
+        """One fit, or two with a checkpoint between them.
+
+        Args:
+            settings: What to fit.
+            resume_after: Stop and save after so many steps, and go on with everything new.
+
+        Returns:
+            What was released in all, and what the last callback said.
+        """
+        with isolate_rng(), _same_environment(), _quiet():
+            pl.seed_everything(settings.seed, verbose=False)
+            module = ProbeModule(settings)
+            if resume_after is None:
+                callback = self._run(module, settings, settings.steps)
+            else:
+                assert self.directory is not None
+                checkpoint = self.directory / f"probe-{id(module)}.ckpt"
+                self._run(module, settings, resume_after, save=checkpoint)
+                first, module = module.seen, ProbeModule(settings)
+                module.seen = first
+                callback = self._run(module, settings, settings.steps, resume=checkpoint)
+        return Recording(
+            releases=torch.stack(module.seen),
+            columns=module.columns(),
+            settings=settings,
+            steps=callback.steps,
+            epsilon=callback.epsilon(),
+            sample_rate=callback.plan.sample_rate,
+            expected_batch_size=callback.plan.expected_batch_size,
+        )
+
+    def _run(
+        self,
+        module: ProbeModule,
+        settings: ProbeSettings,
+        steps: int,
+        save: Path | None = None,
+        resume: Path | None = None,
+    ) -> Any:
+        callback = self.audited(
+            noise_multiplier=settings.noise_multiplier,
+            delta=1e-5,
+            clip_norm=settings.clip_norm,
+            expected_batch_size=settings.expected_batch_size,
+            dataset_size=settings.size,
+            clipping=settings.clipping,
+            print_table=False,
+        )
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=steps,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=self.directory,
+        )
+        rows = DataLoader(probe_rows(settings), batch_size=settings.physical_batch_size)
+        trainer.fit(module, rows, ckpt_path=resume)
+        if save is not None:
+            trainer.save_checkpoint(save)
+        return callback
+
+
+@contextmanager
+def _same_environment() -> Iterator[None]:
+    """`seed_everything` leaves its seed to processes that are started later."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says of any short training."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,104 @@
+"""Runs and the ledger of their data set: reserved before the first step, settled at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from lightning_privacy import BudgetExceededError, ConfigurationError, PrivacyLedger
+from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
+
+pytestmark = [pytest.mark.filterwarnings(rule) for rule in LIGHTNING_NOISE]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> PrivacyLedger:
+    return PrivacyLedger(tmp_path / "spent.sqlite", dataset="rows", budget=(30.0, 1e-5))
+
+
+class Watch(pl.Callback):
+    """Looks at the ledger at the first step, and may end the run at a later one."""
+
+    def __init__(self, ledger: PrivacyLedger, fails_at: int | None = None) -> None:
+        self.ledger, self.fails_at, self.seen = ledger, fails_at, ()  # type: ignore[assignment]
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.fails_at:
+            raise RuntimeError("the lights went out")
+
+    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 0:
+            self.seen = self.ledger.entries()  # type: ignore[assignment]
+
+
+def fitted(directory: Path, ledger: PrivacyLedger, *others: Any, **options: Any) -> Any:
+    callback = privacy(
+        test_seed=None, noise_multiplier=options.pop("noise_multiplier", 1.0), ledger=ledger
+    )
+    checkpoint = options.pop("ckpt_path", None)
+    trainer(directory, callback, *others, **options).fit(
+        Regression(), loader(), ckpt_path=checkpoint
+    )
+    return callback
+
+
+def test_steps_are_reserved_before_the_first_and_settled(
+    tmp_path: Path, ledger: PrivacyLedger
+) -> None:
+    watch = Watch(ledger)
+    callback = fitted(tmp_path, ledger, watch, max_steps=5)
+    (reserved,) = watch.seen
+    assert not reserved.settled
+    assert sum(release.count for release in reserved.releases) == 5
+    (settled,) = ledger.entries()
+    assert settled.settled
+    assert ledger.epsilon() == pytest.approx(callback.epsilon())
+
+
+def test_a_run_that_fails_settles_what_it_did(tmp_path: Path, ledger: PrivacyLedger) -> None:
+    with pytest.raises(RuntimeError, match="lights"):
+        fitted(tmp_path, ledger, Watch(ledger, fails_at=3), max_steps=8)
+    (entry,) = ledger.entries()
+    assert sum(release.count for release in entry.releases) == 3
+
+
+def test_a_run_beyond_the_budget_makes_no_step(tmp_path: Path, ledger: PrivacyLedger) -> None:
+    watch = Watch(ledger)
+    with pytest.raises(BudgetExceededError, match="rows"):
+        fitted(tmp_path, ledger, watch, noise_multiplier=0.3, max_steps=9)
+    assert watch.seen == ()
+    assert ledger.entries() == ()
+
+
+def test_a_resume_uses_the_run_s_own_entry(tmp_path: Path, ledger: PrivacyLedger) -> None:
+    folder = tmp_path / "checkpoints"
+    saving = pl.callbacks.ModelCheckpoint(folder, save_last=True, every_n_train_steps=2)
+    with pytest.raises(RuntimeError, match="lights"):
+        fitted(tmp_path, ledger, saving, Watch(ledger, fails_at=3), max_steps=8)
+    with pytest.warns(UserWarning, match="since the checkpoint are charged"):
+        fitted(tmp_path, ledger, max_steps=8, ckpt_path=folder / "last.ckpt")
+    (entry,) = ledger.entries()
+    assert entry.settled
+    # Three steps, of which the third was lost with the weights, and six from the second on.
+    assert sum(release.count for release in entry.releases) == 9
+
+
+def test_two_fits_of_one_callback_are_one_run(tmp_path: Path, ledger: PrivacyLedger) -> None:
+    callback = fitted(tmp_path, ledger, max_steps=3)
+    trainer(tmp_path, callback, max_steps=4).fit(Regression(), loader())
+    (entry,) = ledger.entries()
+    assert sum(release.count for release in entry.releases) == callback.steps == 7
+
+
+def test_known_noise_costs_everything(tmp_path: Path, ledger: PrivacyLedger) -> None:
+    callback = privacy(noise_multiplier=1.0, ledger=ledger)
+    with pytest.raises(BudgetExceededError, match="inf"):
+        trainer(tmp_path, callback, max_steps=2).fit(Regression(), loader())
+
+
+def test_a_ledger_needs_the_journal(ledger: PrivacyLedger) -> None:
+    with pytest.raises(ConfigurationError, match="journal"):
+        privacy(noise_multiplier=1.0, ledger=ledger, journal=False)
