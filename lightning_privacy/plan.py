@@ -12,28 +12,39 @@ from lightning_privacy.accounting import (
     max_steps,
     noise_multiplier_for,
     plan_table,
+    ranges,
 )
-from lightning_privacy.accounting.accountants import check_accountant, checked_delta
+from lightning_privacy.accounting.accountants import (
+    check_accountant,
+    checked_delta,
+    refuse_groups,
+)
+from lightning_privacy.accounting.precision import precision_slack_for
 from lightning_privacy.accounting.rounding import shown_epsilon
-from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
+from lightning_privacy.accounting.tiers import Tier
+from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.sampling.rate import resolve_sampling
+from lightning_privacy.sampling.users import (
+    check_user_sampling,
+    checked_group_size,
+    user_settings_without_users,
+)
 from lightning_privacy.types import (
     CLIPPING_KINDS,
     AccountantName,
     ClippingKind,
     NeighbouringRelation,
     PrivacyUnit,
+    UserSampling,
     one_of,
     real_number,
     whole_number,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["PrivacyPlan", "plan_table", "precision_slack_for", "resolve_sampling"]
-
-_PRECISION_SLACK = {"64": 1e-9, "32": 1e-4, "bf16": 2e-2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +60,17 @@ class PrivacyPlan:
     sqrt(releases_per_draw): rounding may let a contribution exceed the clip norm by the slack, and
     m releases on one draw count as one release with noise smaller by sqrt(m).
 
+    Where the unit is a user (arXiv 2407.07737), either users are drawn, and the mean gradient of at
+    most ``group_size`` examples of each is clipped; or examples are drawn, out of at most
+    ``group_size`` of each user, and each is clipped. The second is accounted as a mixture of
+    Gaussians, and its q, batch and clip norm are those of an example.
+
     Args:
         unit: What one neighbour differs in.
+        user_sampling: What is drawn where the unit is a user: "users" or "examples".
+        group_size: Most examples of a user, >= 1, where the unit is a user.
         relation: Which neighbours the guarantee speaks about.
-        sample_rate: Probability q of each unit, in (0, 1].
+        sample_rate: Probability q of each unit (or example, as above), in (0, 1].
         expected_batch_size: The public constant by which the noised sum is divided, > 0.
         noise_multiplier: σ > 0, standard deviation of the noise over the clip norm. 0 is legal
             in deterministic test mode only.
@@ -64,12 +82,18 @@ class PrivacyPlan:
         precision_slack: τ in [0, 1), relative excess of a clipped contribution through rounding.
         releases_per_draw: m >= 1, how many noised gradients are published for one draw.
         deterministic: Noise and draws come from a known seed: the ε is infinite.
+        tiers: Individual budgets of users, as shares of clip norm and rate, which are then the
+            largest ones, and so is ε.
+        tiers_published: Whether the tiers are public. Where they follow from users' own records,
+            the largest ε is all that may be published.
 
     Raises:
         ConfigurationError: A value is outside its range.
     """
 
     unit: PrivacyUnit = PrivacyUnit.EXAMPLE
+    user_sampling: UserSampling | None = None
+    group_size: int | None = None
     relation: NeighbouringRelation
     sample_rate: float
     expected_batch_size: float
@@ -82,15 +106,18 @@ class PrivacyPlan:
     precision_slack: float = 1e-4
     releases_per_draw: int = 1
     deterministic: bool = False
+    tiers: tuple[Tier, ...] = ()
+    tiers_published: bool = True
 
     def __post_init__(self) -> None:
         """Checks every field, and normalises numbers and names."""
         self._check_names()
+        self._check_users()
         self._set("delta", checked_delta(self.delta))
-        for name, (within, cost, remedy) in _RANGES.items():
+        for name, (within, cost, remedy) in ranges.RANGES.items():
             number = real_number(name, getattr(self, name), within, cost=cost, remedy=remedy)
             self._set(name, number)
-        for name, (cost, remedy) in _COUNTS.items():
+        for name, (cost, remedy) in ranges.COUNTS.items():
             count = whole_number(name, getattr(self, name), at_least=1, cost=cost, remedy=remedy)
             self._set(name, count)
         if self.noise_multiplier == 0 and not self.deterministic:
@@ -114,11 +141,14 @@ class PrivacyPlan:
         clip_norm: float,
         relation: NeighbouringRelation,
         unit: PrivacyUnit = PrivacyUnit.EXAMPLE,
+        user_sampling: UserSampling | None = None,
+        group_size: int | None = None,
         clipping: ClippingKind = "flat",
         accountant: AccountantName = "pld",
         precision_slack: float = 1e-4,
         releases_per_draw: int = 1,
         deterministic: bool = False,
+        progress: Callable[[float, float], None] | None = None,
     ) -> Self:
         """Makes the plan with the least noise whose planned steps cost at most ``epsilon``.
 
@@ -131,11 +161,14 @@ class PrivacyPlan:
             clip_norm: As in the class.
             relation: As in the class.
             unit: As in the class.
+            user_sampling: As in the class.
+            group_size: As in the class.
             clipping: As in the class.
             accountant: As in the class.
             precision_slack: As in the class.
             releases_per_draw: As in the class.
             deterministic: As in the class.
+            progress: Called after each trial with the noise multiplier and its ε.
 
         Returns:
             The plan; its ``epsilon()`` is at most the budget (unless deterministic).
@@ -145,6 +178,8 @@ class PrivacyPlan:
         """
         draft = cls(
             unit=unit,
+            user_sampling=user_sampling,
+            group_size=group_size,
             relation=relation,
             sample_rate=sample_rate,
             expected_batch_size=expected_batch_size,
@@ -164,6 +199,8 @@ class PrivacyPlan:
             sample_rate=draft.sample_rate,
             steps=draft.steps,
             accountant=draft.accountant,
+            group_size=draft.parts_of_unit,
+            progress=progress,
         )
         scale = (1 + draft.precision_slack) * math.sqrt(draft.releases_per_draw)
         plan = replace(draft, noise_multiplier=effective * scale)
@@ -178,6 +215,11 @@ class PrivacyPlan:
         return self.noise_multiplier / slack / math.sqrt(self.releases_per_draw)
 
     @property
+    def parts_of_unit(self) -> int:
+        """How many contributions of one unit are drawn and clipped on their own."""
+        return 1 if self.user_sampling != "examples" else self.group_size or 1
+
+    @property
     def noise_std(self) -> float:
         """Standard deviation of the noise on the sum of clipped contributions: σ C."""
         return self.noise_multiplier * self.clip_norm
@@ -185,7 +227,7 @@ class PrivacyPlan:
     @property
     def sensitivity(self) -> float:
         """Most that one unit can move the sum of clipped contributions, in exact arithmetic."""
-        return self.clip_norm
+        return self.parts_of_unit * self.clip_norm
 
     def release(self, count: int) -> GaussianRelease:
         """Returns what ``count`` private steps release, for a ledger.
@@ -200,6 +242,7 @@ class PrivacyPlan:
             noise_multiplier=self.effective_noise_multiplier,
             sample_rate=self.sample_rate,
             count=count,
+            group_size=self.parts_of_unit,
         )
 
     def epsilon(self, steps: int | None = None) -> float:
@@ -216,6 +259,18 @@ class PrivacyPlan:
         if self.deterministic:
             return math.inf if releases[0].count else 0.0
         return epsilon(releases, self.delta, self.accountant)
+
+    def epsilon_by_tier(self) -> dict[str, float]:
+        """Returns the ε of the planned steps for the users of each tier, where tiers are public.
+
+        Returns:
+            ε by tier; each is at most `epsilon`. Empty where tiers are private or there are none.
+        """
+        if not self.tiers_published or self.deterministic:
+            return {}
+        whole = self.release(self.steps)
+        own = {tier.name: [tier.release(whole)] for tier in self.tiers}
+        return {name: epsilon(each, self.delta, self.accountant) for name, each in own.items()}
 
     def max_steps(self, epsilon: float) -> int:
         """Returns how many private steps fit a budget.
@@ -235,6 +290,7 @@ class PrivacyPlan:
             sample_rate=self.sample_rate,
             noise_multiplier=self.effective_noise_multiplier,
             accountant=self.accountant,
+            group_size=self.parts_of_unit,
         )
 
     def describe(self) -> dict[str, str]:
@@ -247,7 +303,7 @@ class PrivacyPlan:
         spent = self.epsilon()
         rows = {
             "privacy unit": str(self.unit),
-            "neighbours": _RELATION_WORDS[self.relation],
+            "neighbours": ranges.RELATION_WORDS[self.relation],
             "epsilon": "infinite (deterministic test mode)"
             if math.isinf(spent)
             else shown_epsilon(spent),
@@ -263,6 +319,14 @@ class PrivacyPlan:
         }
         if self.releases_per_draw > 1:
             rows["releases per draw"] = str(self.releases_per_draw)
+        if self.user_sampling is not None:
+            rows["drawn and clipped"] = ranges.DRAWN_WORDS[self.user_sampling].format(
+                self.group_size
+            )
+        for name, value in self.epsilon_by_tier().items():
+            rows[f"epsilon of tier {name}"] = shown_epsilon(value)
+        if self.tiers and not self.tiers_published:
+            rows["tiers"] = ranges.PRIVATE_TIERS
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -319,77 +383,17 @@ class PrivacyPlan:
         self._set("unit", PrivacyUnit(self.unit))
         self._set("relation", NeighbouringRelation(self.relation))
 
+    def _check_users(self) -> None:
+        if self.unit == PrivacyUnit.USER:
+            check_user_sampling(self.user_sampling)
+            self._set("group_size", checked_group_size(self.group_size))
+        elif self.user_sampling is not None or self.group_size is not None:
+            raise user_settings_without_users()
+        refuse_groups(self.parts_of_unit, self.accountant)
+        tiers = (t if isinstance(t, Tier) else Tier(**t) for t in self.tiers)
+        self._set("tiers", tuple(tiers))
+        if self.tiers and self.user_sampling != "users":
+            raise user_settings_without_users()
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-
-
-_RANGES = {
-    "sample_rate": (
-        "(0, 1]",
-        "another sampling than the accounted one",
-        "pass the probability with which each unit is drawn",
-    ),
-    "expected_batch_size": (
-        "(0, inf)",
-        "a gradient divided by something other than the public constant",
-        "pass the expected number of units in a draw",
-    ),
-    "noise_multiplier": (
-        "[0, inf)",
-        "noise of another size than the accounted one",
-        "pass σ, the standard deviation of the noise over the clip norm",
-    ),
-    "clip_norm": (
-        "(0, inf)",
-        "contributions without a bound, or without any effect",
-        "pass the largest norm that one unit may contribute, for instance 1.0",
-    ),
-    "precision_slack": (
-        "[0, 1)",
-        "rounding errors that exceed the clip norm and are not accounted for",
-        "use precision_slack_for(precision)",
-    ),
-}
-_COUNTS = {
-    "steps": (
-        "an ε for another number of steps than will run",
-        "pass the number of private steps that the run will make",
-    ),
-    "releases_per_draw": (
-        "published gradients that are not accounted for",
-        "pass how many noised gradients one draw leads to, usually 1",
-    ),
-}
-_RELATION_WORDS = {
-    NeighbouringRelation.ADD_OR_REMOVE: "one unit added or removed",
-    NeighbouringRelation.ZERO_OUT: "one unit zeroed out (the number of units is public)",
-}
-
-
-def precision_slack_for(precision: str) -> float:
-    """Returns the relative excess over the clip norm that a precision may cause.
-
-    Worst measured so far: 0.7 per cent in bfloat16. The slack is above that and above the
-    analytic excess of the rules used.
-
-    Args:
-        precision: Lightning's name ("32-true", "bf16-mixed", "64", ...) or torch's ("float32").
-
-    Returns:
-        τ: 1e-9 for 64 bits, 1e-4 for 32, 2e-2 for bfloat16.
-
-    Raises:
-        UnsupportedOperationError: No bound is known for this precision.
-    """
-    name = str(precision).removeprefix("torch.").removesuffix("-true").removesuffix("-mixed")
-    name = {"float64": "64", "double": "64", "float32": "32", "float": "32"}.get(name, name)
-    name = "bf16" if name == "bfloat16" else name
-    if name not in _PRECISION_SLACK:
-        raise UnsupportedOperationError(
-            must="`precision` must be 64, 32 or bf16 (true or mixed)",
-            found=f"`precision` = {precision!r}",
-            cost="clipped contributions of unknown norm; with float16 also steps that are skipped "
-            "depending on the data",
-            remedy="use precision='bf16-mixed' or '32-true'",
-        )
-    return _PRECISION_SLACK[name]

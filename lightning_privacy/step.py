@@ -7,6 +7,9 @@ One step over one Poisson draw, whatever the number of micro-batches it is cut i
         g_u   gradient of unit u          S += sum_u clip(g_u, C)
     release:                gradient = (S + N(0, (sigma C)^2 I)) / expected_batch_size
 
+A unit is a row, or the rows that `begin` names: their mean is g_u. A unit that does not fit into
+one micro-batch has consecutive ones for itself, and is clipped after the last of them.
+
 Lightning only calls these methods. The noise multiplier, the clipping rule and the public constant
 come from one frozen plan, and the sensitivity from the rule itself.
 """
@@ -25,17 +28,21 @@ import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
 from lightning_privacy.clipping.capture import Capture
 from lightning_privacy.clipping.guards import LeakGuard
 from lightning_privacy.clipping.layout import Layouts
-from lightning_privacy.clipping.norms import clipping_rule
+from lightning_privacy.clipping.norms import ClippingRule, clipping_rule
+from lightning_privacy.clipping.open_unit import OpenUnit
 from lightning_privacy.clipping.probe import learn_layouts
+from lightning_privacy.clipping.tiers import TieredClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from lightning_privacy.clipping.buffer import BufferLayout
+    from lightning_privacy.clipping.buffer import BufferLayout, RowBuffer
+    from lightning_privacy.clipping.contributions import Contribution
     from lightning_privacy.noise.base import NoiseMechanism
     from lightning_privacy.plan import PrivacyPlan
+    from lightning_privacy.sampling import UnitRows
     from lightning_privacy.types import LossReduction
 
 
@@ -101,6 +108,7 @@ class PrivateStep:
         plan: clip norm, clipping kind, noise multiplier and the public normaliser.
         noise: draws the noise.
         loss_reduction: whether the loss is a mean or a sum over the rows of a micro-batch.
+        local_rate: for a unit of several micro-batches, the rate of its local steps; 0 for none.
 
     Raises:
         ConfigurationError: there is no trainable parameter, or one is not a plain parameter.
@@ -115,6 +123,7 @@ class PrivateStep:
         plan: PrivacyPlan,
         noise: NoiseMechanism,
         loss_reduction: LossReduction = "mean",
+        local_rate: float = 0.0,
     ) -> None:
         if not parameters:
             raise ConfigurationError(
@@ -133,6 +142,8 @@ class PrivateStep:
         self._guard = LeakGuard(self.parameters)
         self._capture: Capture | None = None
         self._weights: tuple[float, ...] = ()
+        self._rows: UnitRows | None = None
+        self._open = OpenUnit(local_rate)
         self._buffered: BufferLayout | None = None
         self._sums: dict[str, Tensor] = {}
         self._buffered_sum: Tensor | None = None
@@ -149,15 +160,20 @@ class PrivateStep:
         """Whether clipped sums wait for their release."""
         return bool(self._parts)
 
-    def begin(self, weights: Sequence[float]) -> None:
+    def begin(self, weights: Sequence[float], units: UnitRows | None = None) -> None:
         """Start a micro-batch of ``len(weights)`` rows.
 
         Clears ``.grad`` of every covered parameter: Lightning does so only after the forward.
 
         Args:
             weights: 1 for a row that counts, 0 for one that only fills the batch.
+            units: which rows form one unit; None where each row is a unit of its own.
         """
         self.abort_micro_batch()
+        self._settle()
+        if self._open and (units is None or self._rows is None or units.sizes != self._rows.sizes):
+            raise _incomplete_unit()
+        self._rows = units
         for parameter in self.parameters.values():
             parameter.grad = None
         self._weights = tuple(weights)
@@ -187,17 +203,38 @@ class PrivateStep:
             )
         found = capture.collect()
         self.abort_micro_batch()
-        part = clipped_sum(
-            found, self.parameters, self._units(), self._rule, capture.buffer, self._share
-        )
+        if self._buffered is None and self._rule.groups == 1:
+            self._buffered = capture.bufferable
+        if self._open or (self._rows is not None and self._rows.unfinished):
+            self._open.add(found, self.parameters, self._units(), capture.buffer)
+            if self._rows is not None and self._rows.unfinished:
+                self._open.step(self.parameters, len(self._weights), self._rows.sizes[0])
+            self._settle()
+        else:
+            self._clip(found, self._units(), capture.buffer)
+
+    def _settle(self) -> None:
+        """Clip the unit that was spread over micro-batches, unless the next one goes on with it."""
+        if self._open and not (self._rows is not None and self._rows.unfinished):
+            self._clip(*self._open.close())
+
+    def _clip(
+        self,
+        found: dict[str, list[Contribution]],
+        units: Units,
+        buffer: RowBuffer | None = None,
+    ) -> None:
+        rule: ClippingRule = self._rule
+        if self._rows is not None and self._rows.clip_shares is not None:
+            shares = torch.tensor(self._rows.clip_shares, device=units.scale.device)
+            rule = TieredClipping(rule, shares)
+        part = clipped_sum(found, self.parameters, units, rule, buffer, self._share)
         for name, gradient in part.gradients.items():
             self._add(name, gradient)
         if part.buffered is not None and self._buffered_sum is not None:
             self._buffered_sum += part.buffered
         elif part.buffered is not None:
             self._buffered_sum = part.buffered
-        if self._buffered is None and self._rule.groups == 1:
-            self._buffered = capture.bufferable
         self._parts.append(dataclasses.replace(part, gradients={}, buffered=None))
 
     def _add(self, name: str, gradient: Tensor) -> None:
@@ -234,6 +271,9 @@ class PrivateStep:
         Returns:
             Statistics of the draw.
         """
+        self._settle()
+        if self._open:
+            raise _incomplete_unit()
         chosen = self.parameters if parameters is None else self._chosen(parameters)
         std = self._plan.noise_multiplier * self._rule.sensitivity * self._share
         squares, size = [], 0
@@ -293,6 +333,7 @@ class PrivateStep:
         """Drop the running sums: a draw that is not released."""
         self._sums.clear()
         self._parts.clear()
+        self._open.drop()
         self._buffered_sum = None
 
     def abort(self) -> None:
@@ -314,7 +355,14 @@ class PrivateStep:
         device = next(iter(self.parameters.values())).device
         weights = torch.tensor(self._weights, device=device)
         scale = float(len(self._weights)) if self._loss_reduction == "mean" else 1.0
-        return Units.rows(weights, scale)
+        if self._rows is None:
+            return Units.rows(weights, scale)
+        index = torch.tensor(self._rows.index, device=device)
+        sizes = torch.tensor(self._rows.sizes, device=device)[index]
+        # In float64: thirds must not cost a float64 gradient its last digits.
+        return Units(
+            count=len(self._rows.sizes), scale=weights * scale / sizes.double(), index=index
+        )
 
     def _chosen(self, parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
         chosen = {}
@@ -330,3 +378,12 @@ class PrivateStep:
                     "fit, and do not unfreeze during training",
                 )
         return chosen
+
+
+def _incomplete_unit() -> GuaranteeError:
+    return GuaranteeError(
+        must="a unit is complete before anything else is clipped or released",
+        found="a micro-batch whose unit goes on in another one, which did not come",
+        cost="the rest of the unit would be clipped by itself, beyond clip_norm in all",
+        remedy="run every micro-batch of the draw in order, then release",
+    )

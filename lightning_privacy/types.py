@@ -12,10 +12,14 @@ from lightning_privacy.errors import ConfigurationError
 ClippingKind = Literal["flat", "per_layer", "automatic"]
 LossReduction = Literal["mean", "sum"]
 AccountantName = Literal["pld", "prv", "rdp"]
+UserSampling = Literal["users", "examples"]
+UserUpdate = Literal["mean", "local_steps"]
 
 CLIPPING_KINDS: tuple[ClippingKind, ...] = ("flat", "per_layer", "automatic")
 LOSS_REDUCTIONS: tuple[LossReduction, ...] = ("mean", "sum")
 ACCOUNTANT_NAMES: tuple[AccountantName, ...] = ("pld", "prv", "rdp")
+USER_SAMPLINGS: tuple[UserSampling, ...] = ("users", "examples")
+USER_UPDATES: tuple[UserUpdate, ...] = ("mean", "local_steps")
 
 
 class PrivacyUnit(StrEnum):

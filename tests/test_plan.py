@@ -82,7 +82,10 @@ def test_a_calibrated_plan_takes_every_field_of_a_plan():
 
     taken = set(inspect.signature(PrivacyPlan.calibrated).parameters)
     fields = {field.name for field in dataclasses.fields(PrivacyPlan)}
-    assert taken == fields - {"noise_multiplier"} | {"epsilon"}
+    assert taken == fields - {"noise_multiplier", "tiers", "tiers_published"} | {
+        "epsilon",
+        "progress",
+    }
 
 
 def test_a_known_seed_has_no_privacy():
@@ -112,9 +115,15 @@ def test_a_plan_is_frozen():
 
 def test_a_plan_survives_every_kind_of_storage(tmp_path):
     made = plan(
-        unit="user", relation="zero_out", precision_slack=np.float32(0.25), steps=np.int64(9)
+        unit="user",
+        user_sampling="examples",
+        group_size=np.int64(4),
+        relation="zero_out",
+        precision_slack=np.float32(0.25),
+        steps=np.int64(9),
     )
     assert made.unit is PrivacyUnit.USER
+    assert made.release(9).group_size == 4
     assert made.relation is NeighbouringRelation.ZERO_OUT
     assert PrivacyPlan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
     assert pickle.loads(pickle.dumps(made)) == made
@@ -249,3 +258,55 @@ def test_a_plan_does_not_load_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_drawn_users_are_units_and_drawn_examples_are_parts_of_them():
+    users = plan(unit="user", user_sampling="users", group_size=4)
+    examples = plan(unit="user", user_sampling="examples", group_size=4)
+    assert users.epsilon() == plan().epsilon() < examples.epsilon()
+    assert (users.sensitivity, examples.sensitivity) == (0.5, 2.0)
+    assert users.noise_std == examples.noise_std
+    assert "at most 4" in users.describe()["drawn and clipped"]
+    assert "drawn and clipped" not in plan().describe()
+    steps = examples.max_steps(1.0)
+    assert examples.epsilon(steps) <= 1.0 < examples.epsilon(steps + 1)
+
+
+def test_a_plan_is_calibrated_for_users_whose_examples_are_drawn():
+    fields = {name: value for name, value in FIELDS.items() if name != "noise_multiplier"}
+    trials = []
+    made = PrivacyPlan.calibrated(
+        epsilon=2.0,
+        unit="user",
+        user_sampling="examples",
+        group_size=6,
+        progress=lambda *at: trials.append(at),
+        **fields,
+    )
+    assert 1.99 < made.epsilon() <= 2.0
+    assert made.noise_multiplier > PrivacyPlan.calibrated(epsilon=2.0, **fields).noise_multiplier
+    assert trials
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit": "user"}, "`user_sampling` must be one of"),
+        ({"unit": "user", "user_sampling": "users"}, "`group_size` must be a whole number"),
+        ({"group_size": 2}, "go with unit='user'"),
+        ({"user_sampling": "users"}, "go with unit='user'"),
+        (
+            {"unit": "user", "user_sampling": "examples", "group_size": 2, "accountant": "rdp"},
+            "must be 'pld' where a unit has several parts",
+        ),
+    ],
+)
+def test_plans_for_users_that_say_nothing_are_refused(changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        plan(**changes)
+
+
+def test_other_accountants_serve_drawn_users_and_single_examples():
+    for changes in ({"user_sampling": "users", "group_size": 9}, {"group_size": 1}):
+        made = plan(**{"unit": "user", "user_sampling": "examples", "accountant": "rdp", **changes})
+        assert made.epsilon() == plan(accountant="rdp").epsilon()

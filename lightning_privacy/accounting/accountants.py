@@ -39,9 +39,10 @@ def epsilon(
     it is adaptive: later queries may depend on earlier outputs, the parameters may not.
 
     ``"pld"`` composes pessimistic privacy loss distributions (connect the dots: Doroshenko et
-    al., arXiv 2207.04380) and is the tightest. ``"prv"`` is Opacus's accountant (Gopi et al.,
-    arXiv 2106.02848), within 0.01 of it; where its arithmetic fails, it warns and gives the RDP
-    bound. ``"rdp"`` is dp-accounting's (Mironov et al., arXiv 1908.10530), 9 to 30 per cent larger.
+    al., arXiv 2207.04380) and is the tightest; units of several parts have no other. ``"prv"`` is
+    Opacus's accountant (Gopi et al., arXiv 2106.02848), within 0.01 of it; where its arithmetic
+    fails, it warns and gives the RDP bound. ``"rdp"`` is dp-accounting's (Mironov et al., arXiv
+    1908.10530), 9 to 30 per cent larger.
 
     Args:
         releases: What was released, in any order; may be empty.
@@ -60,6 +61,7 @@ def epsilon(
     check_accountant(accountant)
     discretization = _checked_discretization(discretization)
     spent = merged(releases)
+    refuse_groups(max((release.group_size for release in spent), default=1), accountant)
     if not spent:
         return 0.0
     if any(release.noise_multiplier == 0 for release in spent):
@@ -106,6 +108,7 @@ def delta(
             remedy="use accountant='pld', which is tighter",
         )
     spent = merged(releases)
+    refuse_groups(max((release.group_size for release in spent), default=1), accountant)
     if not spent:
         return 0.0
     if any(release.noise_multiplier == 0 for release in spent):
@@ -130,7 +133,7 @@ def renyi_epsilon(releases: Sequence[GaussianRelease], delta: float, order: floa
         order: α > 1, chosen before anything was released.
 
     Returns:
-        ε >= 0, possibly infinite.
+        ε >= 0, possibly infinite. Of units of several parts, as if all were drawn together.
     """
     spent = merged(releases)
     if any(release.noise_multiplier == 0 for release in spent):
@@ -174,6 +177,25 @@ def check_accountant(accountant: object) -> None:
     one_of("accountant", accountant, ACCOUNTANT_NAMES, cost=cost, remedy="use accountant='pld'")
 
 
+def refuse_groups(group_size: int, accountant: AccountantName) -> None:
+    """Refuses accountants that know no mixture of Gaussians.
+
+    Args:
+        group_size: Most parts of one unit.
+        accountant: Which accountant is asked.
+
+    Raises:
+        ConfigurationError: There are several parts, and it is not "pld".
+    """
+    if accountant != "pld" and group_size > 1:
+        raise ConfigurationError(
+            must="`accountant` must be 'pld' where a unit has several parts, drawn on their own",
+            found=f"`accountant` = {accountant!r}",
+            cost="no ε: Rényi and PRV accountants have no mixture of Gaussians",
+            remedy="use accountant='pld', or draw users instead of examples",
+        )
+
+
 @lru_cache(maxsize=512)
 def _cached_epsilon(
     spent: tuple[GaussianRelease, ...],
@@ -195,11 +217,24 @@ def _rdp(spent: tuple[GaussianRelease, ...], orders: Sequence[float] | None = No
     # Add-or-remove only: with replace-one this accountant drops a factor of 2.
     accountant = RdpAccountant(orders)
     with _without_advice():
-        for release in spent:
+        for release in map(_together, spent):
             gaussian = dp_event.GaussianDpEvent(release.noise_multiplier)
             sampled = dp_event.PoissonSampledDpEvent(release.sample_rate, gaussian)
             accountant.compose(sampled if release.sample_rate < 1 else gaussian, release.count)
     return accountant
+
+
+def _together(release: GaussianRelease) -> GaussianRelease:
+    """A release in which all parts of a unit are drawn as soon as any is: it reveals more."""
+    if release.group_size == 1:
+        return release
+    return GaussianRelease(
+        noise_multiplier=release.noise_multiplier / release.group_size,
+        sample_rate=min(1.0, -math.expm1(release.group_size * math.log1p(-release.sample_rate)))
+        if release.sample_rate < 1
+        else 1.0,
+        count=release.count,
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_privacy.accounting.accountants import (
@@ -15,6 +16,7 @@ from lightning_privacy.accounting.accountants import (
 from lightning_privacy.accounting.accountants import (
     epsilon as epsilon_of,
 )
+from lightning_privacy.accounting.cache import recall, remember
 from lightning_privacy.accounting.events import GaussianRelease
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.types import AccountantName, real_number, whole_number
@@ -41,11 +43,15 @@ def noise_multiplier_for(
     sample_rate: float,
     steps: int,
     accountant: AccountantName = "pld",
+    group_size: int = 1,
+    progress: Callable[[float, float], None] | None = None,
 ) -> float:
     """Returns a noise multiplier with which ``steps`` releases cost at most ``epsilon``.
 
     The result is on the safe side: the ε that `epsilon` reports for it (grid of 1e-4) is at most
-    the target. It is within 0.1 per cent of the smallest such multiplier.
+    the target. It is within 0.1 per cent of the smallest such multiplier. Results for groups,
+    whose search can take a while, are remembered in the user's cache directory (``XDG_CACHE_HOME``,
+    or ``LIGHTNING_PRIVACY_CACHE``, which may be ``off``) and checked again before they are used.
 
     Args:
         epsilon: The budget ε > 0.
@@ -53,6 +59,8 @@ def noise_multiplier_for(
         sample_rate: Probability with which a unit is drawn, in (0, 1].
         steps: Number of releases, >= 1.
         accountant: Which accountant to ask.
+        group_size: Most parts of one unit, >= 1, each drawn on its own.
+        progress: Called after each trial with the noise multiplier and its ε.
 
     Returns:
         The noise multiplier: standard deviation of the noise over the sensitivity.
@@ -64,19 +72,37 @@ def noise_multiplier_for(
     epsilon, delta = _checked_budget(epsilon, delta, accountant)
     steps = _checked_steps(steps)
 
-    whole = GaussianRelease(noise_multiplier=1.0, sample_rate=sample_rate, count=steps)
+    whole = GaussianRelease(
+        noise_multiplier=1.0, sample_rate=sample_rate, count=steps, group_size=group_size
+    )
     if accountant == "prv" and epsilon <= PRV_ERROR:
         raise _unreachable(f"ε = {epsilon:g}, where Opacus's PRV accountant adds {PRV_ERROR}")
 
-    def spent(noise_multiplier: float, discretization: float) -> float:
+    def spent(noise_multiplier: float, discretization: float = REPORT_DISCRETIZATION) -> float:
         release = replace(whole, noise_multiplier=noise_multiplier)
-        return epsilon_of([release], delta, accountant, discretization)
+        value = epsilon_of([release], delta, accountant, discretization)
+        if progress is not None:
+            progress(noise_multiplier, value)
+        return value
 
-    first = _first_guess(epsilon, delta, whole)
+    question = {**whole.to_dict(), "epsilon": epsilon, "delta": delta, "accountant": accountant}
+    known = recall(question) if whole.group_size > 1 else None
+    if known is not None and spent(known) <= epsilon:
+        return known
+    found = _searched(spent, epsilon, _first_guess(epsilon, delta, whole), accountant)
+    if whole.group_size > 1:
+        remember(question, found)
+    return found
+
+
+def _searched(
+    spent: Callable[..., float], epsilon: float, first: float, accountant: AccountantName
+) -> float:
     if accountant != "pld":
-        return _smallest(lambda sigma: spent(sigma, REPORT_DISCRETIZATION), epsilon, first)[0]
-    sigma, slope = _smallest(lambda sigma: spent(sigma, SEARCH_DISCRETIZATION), epsilon, first)
-    return _refined(lambda sigma: spent(sigma, REPORT_DISCRETIZATION), epsilon, sigma, slope)
+        return _smallest(spent, epsilon, first)[0]
+    coarse = partial(spent, discretization=SEARCH_DISCRETIZATION)
+    sigma, slope = _smallest(coarse, epsilon, first)
+    return _refined(spent, epsilon, sigma, slope)
 
 
 def max_steps(
@@ -86,6 +112,7 @@ def max_steps(
     sample_rate: float,
     noise_multiplier: float,
     accountant: AccountantName = "pld",
+    group_size: int = 1,
 ) -> int:
     """Returns the largest number of releases that cost at most ``epsilon``.
 
@@ -97,6 +124,7 @@ def max_steps(
         sample_rate: Probability with which a unit is drawn, in (0, 1].
         noise_multiplier: Standard deviation of the noise over the sensitivity, > 0.
         accountant: Which accountant to ask.
+        group_size: Most parts of one unit, >= 1, each drawn on its own.
 
     Returns:
         T >= 0, where 0 means that not even one release fits. No search goes beyond
@@ -106,7 +134,12 @@ def max_steps(
         ConfigurationError: An argument is outside its range.
     """
     epsilon, delta = _checked_budget(epsilon, delta, accountant)
-    one = GaussianRelease(noise_multiplier=noise_multiplier, sample_rate=sample_rate, count=1)
+    one = GaussianRelease(
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        count=1,
+        group_size=group_size,
+    )
 
     def spent(steps: int, discretization: float = REPORT_DISCRETIZATION) -> float:
         return epsilon_of([one.times(steps)], delta, accountant, discretization)
@@ -256,7 +289,8 @@ def _first_guess(epsilon: float, delta: float, whole: GaussianRelease) -> float:
     if excess(low) >= 0 or excess(high) <= 0:
         return 1.0
     mu = math.exp(brentq(excess, low, high, xtol=1e-3))
-    sigma = 1 / math.sqrt(math.log1p(mu**2 / (whole.sample_rate**2 * whole.count)))
+    drawn = whole.sample_rate * whole.group_size  # of one unit, on average
+    sigma = 1 / math.sqrt(math.log1p(mu**2 / (drawn**2 * whole.count)))
     return min(max(sigma, _SMALLEST_NOISE_MULTIPLIER), _LARGEST_NOISE_MULTIPLIER)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lightning_privacy.errors import GuaranteeError
@@ -18,13 +18,15 @@ class GaussianRelease:
 
     One release is: draw each unit independently with probability ``sample_rate``, add up
     contributions of norm at most 1, add Gaussian noise of standard deviation
-    ``noise_multiplier`` in every coordinate.
+    ``noise_multiplier`` in every coordinate. Where ``group_size`` is above 1, a unit has up to that
+    many parts, each with a draw and a contribution of its own (arXiv 2401.10294).
 
     Args:
         noise_multiplier: Standard deviation of the noise over the sensitivity, >= 0; 0 means that
             no noise was added, and costs an infinite ε.
         sample_rate: Probability with which a unit is drawn, in (0, 1].
         count: Number of draws, >= 0.
+        group_size: Most parts of one unit, >= 1, each drawn on its own.
 
     Raises:
         ConfigurationError: A value is outside its range.
@@ -33,6 +35,7 @@ class GaussianRelease:
     noise_multiplier: float
     sample_rate: float
     count: int
+    group_size: int = 1
 
     def __post_init__(self) -> None:
         """Checks and normalises the three numbers."""
@@ -59,10 +62,18 @@ class GaussianRelease:
         )
         object.__setattr__(self, "noise_multiplier", noise_multiplier)
         object.__setattr__(self, "sample_rate", sample_rate)
+        group_size = whole_number(
+            "group_size",
+            self.group_size,
+            at_least=1,
+            cost="users whose further examples no accountant counts",
+            remedy="pass the most examples that one user may have",
+        )
         object.__setattr__(self, "count", count)
+        object.__setattr__(self, "group_size", group_size)
 
     def same_mechanism(self, other: GaussianRelease) -> bool:
-        """Says whether both have the same noise multiplier and sample rate.
+        """Says whether both have the same noise multiplier, sample rate and group size.
 
         Args:
             other: The release to compare with.
@@ -70,10 +81,7 @@ class GaussianRelease:
         Returns:
             True if they differ in their count at most.
         """
-        return (self.noise_multiplier, self.sample_rate) == (
-            other.noise_multiplier,
-            other.sample_rate,
-        )
+        return self.times(0) == other.times(0)
 
     def times(self, count: int) -> GaussianRelease:
         """Returns the same mechanism with another number of draws.
@@ -84,28 +92,28 @@ class GaussianRelease:
         Returns:
             A new value.
         """
-        return GaussianRelease(
-            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, count=count
-        )
+        return replace(self, count=count)
 
     def to_dict(self) -> dict[str, float | int]:
         """Returns plain Python scalars, for checkpoints and JSON.
 
         Returns:
-            A dictionary that `from_dict` turns back into an equal value.
+            A dictionary that `from_dict` turns back into an equal value; the group size stands in
+            it where it is not 1.
         """
-        return {
+        fields: dict[str, float | int] = {
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": self.sample_rate,
             "count": self.count,
         }
+        return fields if self.group_size == 1 else {**fields, "group_size": self.group_size}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> GaussianRelease:
         """Rebuilds a release from `to_dict`'s result.
 
         Args:
-            fields: Exactly the three fields.
+            fields: Exactly the fields that `to_dict` writes.
 
         Returns:
             The release.
@@ -115,7 +123,7 @@ class GaussianRelease:
             ConfigurationError: A value is outside its range.
         """
         expected = {"noise_multiplier", "sample_rate", "count"}
-        if set(fields) != expected:
+        if set(fields) - {"group_size"} != expected:
             raise GuaranteeError(
                 must=f"a stored release must have exactly the fields {sorted(expected)}",
                 found=f"the fields {sorted(map(str, fields))}",
@@ -126,6 +134,7 @@ class GaussianRelease:
             noise_multiplier=fields["noise_multiplier"],  # type: ignore[arg-type]
             sample_rate=fields["sample_rate"],  # type: ignore[arg-type]
             count=fields["count"],  # type: ignore[arg-type]
+            group_size=fields.get("group_size", 1),  # type: ignore[arg-type]
         )
 
 
@@ -138,14 +147,10 @@ def merged(releases: Sequence[GaussianRelease]) -> tuple[GaussianRelease, ...]:
         releases: Releases in any order.
 
     Returns:
-        At most one release for each pair of noise multiplier and sample rate.
+        At most one release for each mechanism.
     """
-    counts: dict[tuple[float, float], int] = {}
+    counts: dict[GaussianRelease, int] = {}
     for release in releases:
-        key = (release.noise_multiplier, release.sample_rate)
-        counts[key] = counts.get(key, 0) + release.count
-    return tuple(
-        GaussianRelease(noise_multiplier=sigma, sample_rate=rate, count=count)
-        for (sigma, rate), count in counts.items()
-        if count
-    )
+        mechanism = release.times(0)
+        counts[mechanism] = counts.get(mechanism, 0) + release.count
+    return tuple(mechanism.times(count) for mechanism, count in counts.items() if count)

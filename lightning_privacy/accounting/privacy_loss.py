@@ -1,4 +1,4 @@
-"""Pessimistic privacy loss distributions of the Poisson-subsampled Gaussian.
+"""Pessimistic privacy loss distributions of sampled Gaussian releases, and their composition.
 
 One release becomes a distribution on a grid of losses by connect-the-dots (Doroshenko et al.,
 arXiv 2207.04380, Algorithm 1), which is an upper bound on any grid. Many releases are convolved by
@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lightning_privacy.accounting.mixture import extreme_losses, hockey_stick, mean_loss
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lightning_privacy.accounting.events import GaussianRelease
 
-# Losses beyond this many standard deviations (mass 4e-26) count as infinite.
-_TAIL = 10.5
 # A tiny noise multiplier means losses in the hundreds, for which a grid of 1e-4 takes minutes and
 # gigabytes. A coarser one is still an upper bound, and fine enough for an ε of that size.
 _LARGEST_GRID = 400_000
 _LARGEST_COMPOSED_GRID = 2_000_000
 # From here on the moment bound, a few per cent larger, is answer enough.
 _LARGEST_EPSILON = 200.0
-# With less noise than this the losses reach 600, and ε is in the hundreds.
-_LEAST_SIGMA = 0.04
+# Beyond this exp(loss) is about to leave float64, and ε is in the hundreds.
+_LARGEST_LOSS = 576.0
 # How many cells on either side of 0 the coarser distribution keeps apart.
 _NEAR = 1024
 # The FFT's window leaves out at most exp(-_RARE) of the tilted mass, at either end.
@@ -49,6 +49,15 @@ class _Loss(NamedTuple):
     infinite: float
     moment_losses: np.ndarray
     moment_logs: np.ndarray
+
+
+class _Mechanism(NamedTuple):
+    """``count`` releases; ``group`` is how many parts of one unit are drawn independently."""
+
+    sigma: float
+    rate: float
+    times: int
+    group: int = 1
 
 
 class _Composition(NamedTuple):
@@ -87,7 +96,7 @@ def pld_epsilon(releases: Sequence[GaussianRelease], delta: float, discretizatio
     mechanisms = _mechanisms(releases)
     if _hopeless(mechanisms):
         # Zero-concentrated DP of the unsampled releases (Bun and Steinke, arXiv 1605.02065).
-        rho = sum(0.5 * count / sigma**2 for sigma, _, count in mechanisms)
+        rho = sum(0.5 * part.times * (part.group / part.sigma) ** 2 for part in mechanisms)
         return rho + 2 * math.sqrt(-rho * math.log(delta))
     return max(_epsilon(side, delta) for side in _directions(mechanisms, discretization))
 
@@ -111,95 +120,47 @@ def pld_delta(releases: Sequence[GaussianRelease], epsilon: float, discretizatio
     return min(1.0, max(_delta(side, epsilon) for side in _directions(mechanisms, discretization)))
 
 
-def hockey_stick(
-    epsilons: np.ndarray, noise_multiplier: float, sample_rate: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns δ(ε) of one release for a unit removed and for a unit added.
-
-    With P = (1 - q) N(0, σ²) + q N(1, σ²) and Q = N(0, σ²), these are the hockey-stick divergences
-    of P from Q and of Q from P (Zhu et al., arXiv 2106.08567). Both are written as a difference
-    of two terms in log space, so that no digits cancel in the tails.
-
-    Args:
-        epsilons: Values of ε, any sign.
-        noise_multiplier: σ > 0.
-        sample_rate: q in (0, 1].
-
-    Returns:
-        δ for removing, δ for adding; each in [0, 1], of the shape of ``epsilons``.
-    """
-    sigma, q = noise_multiplier, sample_rate
-    removed, added = np.empty_like(epsilons), np.empty_like(epsilons)
-    lowest = math.log1p(-q) if q < 1 else -math.inf  # no output has a smaller loss
-    for out, sign in ((removed, 1.0), (added, -1.0)):
-        losses = sign * epsilons
-        reached = losses > lowest
-        gain = _log_likelihood_ratio(losses[reached], q)
-        near, far = _log_tails(gain, sigma, sign)
-        scale = near if sign > 0 else near + gain + epsilons[reached]
-        ratio = far + gain - near if sign > 0 else far - near - gain
-        out[reached] = q * np.exp(scale) * -np.expm1(np.minimum(ratio, 0.0))
-        out[~reached] = -np.expm1(np.minimum(epsilons[~reached], 0.0))
-    return np.clip(removed, 0.0, 1.0), np.clip(added, 0.0, 1.0)
-
-
-def _log_likelihood_ratio(losses: np.ndarray, q: float) -> np.ndarray:
-    """Solves loss = log(1 - q + q exp(u)) for u = log of the ratio N(1, σ²) : N(0, σ²)."""
-    result = np.empty_like(losses)
-    # The first form keeps its digits around 0, the second one far from it. A loss that is a
-    # rounding error above the lowest one would give u = -inf, and inf - inf later.
-    near = np.abs(losses) < 1
-    result[near] = np.log1p(np.maximum(np.expm1(losses[near]) / q, -1 + 1e-16))
-    far = losses[~near]
-    result[~near] = far - math.log(q) + np.log1p(np.maximum((q - 1) * np.exp(-far), -1 + 1e-16))
-    return result
-
-
-def _log_tails(gain: np.ndarray, sigma: float, sign: float) -> tuple[np.ndarray, np.ndarray]:
-    """Log probabilities of the outputs whose loss exceeds ε, under the two distributions."""
-    from scipy.special import log_ndtr
-
-    at = sigma * gain + 0.5 / sigma  # the output where the loss is ε, in standard deviations
-    if sign > 0:
-        return log_ndtr(1 / sigma - at), log_ndtr(-at)
-    return log_ndtr(at), log_ndtr(at - 1 / sigma)
-
-
-def _mechanisms(releases: Sequence[GaussianRelease]) -> list[tuple[float, float, int]]:
+def _mechanisms(releases: Sequence[GaussianRelease]) -> list[_Mechanism]:
     # Unsampled Gaussians compose exactly into one Gaussian: no grid error adds up.
     return [
-        (release.noise_multiplier / math.sqrt(release.count), 1.0, 1)
+        _Mechanism(release.noise_multiplier / release.group_size / math.sqrt(release.count), 1.0, 1)
         if release.sample_rate == 1
-        else (release.noise_multiplier, release.sample_rate, release.count)
+        else _Mechanism(
+            release.noise_multiplier, release.sample_rate, release.count, release.group_size
+        )
         for release in releases
     ]
 
 
-def _hopeless(mechanisms: list[tuple[float, float, int]]) -> bool:
+def _hopeless(mechanisms: list[_Mechanism]) -> bool:
     """Whether losses are so large that exp(loss) leaves float64."""
-    return min(sigma for sigma, *_ in mechanisms) < _LEAST_SIGMA
+    return any(max(map(abs, _extremes(part))) > _LARGEST_LOSS for part in mechanisms)
+
+
+def _extremes(part: _Mechanism) -> tuple[float, float]:
+    return extreme_losses(part.sigma, part.rate, part.group)
 
 
 def _directions(
-    mechanisms: list[tuple[float, float, int]], discretization: float
+    mechanisms: list[_Mechanism], discretization: float
 ) -> tuple[_Composition, _Composition]:
     width = _grid_width(mechanisms, discretization)
-    both = [(_single_losses(sigma, q, width), count) for sigma, q, count in mechanisms]
+    both = [
+        (_single_losses(part.sigma, part.rate, width, part.group), part.times)
+        for part in mechanisms
+    ]
     removed = tuple((pair[0], count) for pair, count in both)
     added = tuple((pair[1], count) for pair, count in both)
     return _Composition(removed, width), _Composition(added, width)
 
 
-def _grid_width(mechanisms: list[tuple[float, float, int]], discretization: float) -> float:
+def _grid_width(mechanisms: list[_Mechanism], discretization: float) -> float:
     """The grid: ``discretization``, finer where all losses are small, coarser where it must be."""
     total, largest, typical = 0.0, 0.0, 1.0
-    for sigma, q, count in mechanisms:
-        # Mean loss of one release: at most the unsampled one's share, and q²χ²/2 for much noise.
-        mean = 0.5 * q / sigma**2
-        if sigma > 0.1:
-            mean = min(mean, 0.5 * q**2 * math.expm1(1 / sigma**2))
-        total += count * mean + 20 * math.sqrt(count * mean)
-        largest = max(largest, 0.5 / sigma**2 + _TAIL / sigma)
+    for part in mechanisms:
+        mean = mean_loss(part.sigma, part.rate, part.group)
+        total += part.times * mean + 20 * math.sqrt(part.times * mean)
+        largest = max(largest, *map(abs, _extremes(part)))
         typical = min(typical, math.sqrt(2 * mean))
     # The bound's excess grows with count * width²: at a thirtieth of the typical loss it stays
     # below a thousandth of the losses' own variance. On a grid finer than `floor` the rounding of
@@ -213,7 +174,7 @@ def _grid_width(mechanisms: list[tuple[float, float, int]], discretization: floa
 
 
 @lru_cache(maxsize=8)
-def _single_losses(sigma: float, q: float, width: float) -> tuple[_Loss, _Loss]:
+def _single_losses(sigma: float, q: float, width: float, group: int = 1) -> tuple[_Loss, _Loss]:
     """Connect-the-dots for one release: the loss of removing a unit, and of adding one.
 
     The algorithm takes second differences of δ(ε), which for negative ε is 1 - exp(ε) plus a small
@@ -222,13 +183,11 @@ def _single_losses(sigma: float, q: float, width: float) -> tuple[_Loss, _Loss]:
     like the true ones: the other direction has the mirrored losses, and masses smaller by
     exp(-loss).
     """
-    extreme = 0.5 / sigma**2 + _TAIL / sigma
-    highest = float(np.logaddexp(math.log(q) + extreme, math.log1p(-q) if q < 1 else -math.inf))
-    lowest = math.log1p(q * math.expm1(-extreme)) if q < 1 else -extreme
+    lowest, highest = extreme_losses(sigma, q, group)
     bottom, top = min(math.floor(lowest / width), -1), max(math.ceil(highest / width), 1)
     losses = np.arange(bottom, top + 1) * width
-    delta = hockey_stick(losses, sigma, q)[0]
-    mirrored = hockey_stick(-losses, sigma, q)[1]
+    delta = hockey_stick(losses, sigma, q, group)[0]
+    mirrored = hockey_stick(-losses, sigma, q, group)[1]
     rest = np.exp(np.minimum(losses, 0.0)) * mirrored
     masses = np.empty(len(losses))
     for part, values in ((slice(0, -bottom), rest), (slice(-bottom, None), delta)):

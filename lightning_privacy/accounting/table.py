@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lightning_privacy.accounting.accountants import epsilon as epsilon_of
@@ -28,6 +29,7 @@ def plan_table(  # noqa: PLR0913 (the command line's options)
     noise_multiplier: float | None = None,
     accountant: AccountantName = "pld",
     precision_slack: float = 1e-4,
+    group_size: int = 1,
 ) -> tuple[dict[str, float | int], ...]:
     """Returns what a configuration would cost at several expected batch sizes.
 
@@ -44,6 +46,7 @@ def plan_table(  # noqa: PLR0913 (the command line's options)
         noise_multiplier: Noise > 0, instead of ``epsilon``: each row has the ε that it costs.
         accountant: Which accountant to ask.
         precision_slack: τ in [0, 1), relative excess of a clipped contribution through rounding.
+        group_size: Most parts of one unit, >= 1, each drawn on its own.
 
     Returns:
         One row for each batch size with the keys "expected_batch_size", "sample_rate", "steps",
@@ -61,13 +64,14 @@ def plan_table(  # noqa: PLR0913 (the command line's options)
     for batch in _checked_batches(batch_sizes, size):
         rate = batch / size
         count = _steps(epochs, steps, rate)
+        whole = GaussianRelease(
+            noise_multiplier=1.0, sample_rate=rate, count=count, group_size=group_size
+        )
         if epsilon is not None:
-            effective = noise_multiplier_for(
-                epsilon=epsilon, delta=delta, sample_rate=rate, steps=count, accountant=accountant
-            )
+            effective = _noise_for(whole, epsilon, delta, accountant)
         else:
             effective = _checked_noise(noise_multiplier) / slack
-        release = GaussianRelease(noise_multiplier=effective, sample_rate=rate, count=count)
+        release = replace(whole, noise_multiplier=effective)
         rows.append(
             {
                 "expected_batch_size": batch,
@@ -80,6 +84,19 @@ def plan_table(  # noqa: PLR0913 (the command line's options)
             }
         )
     return tuple(rows)
+
+
+def _noise_for(
+    whole: GaussianRelease, epsilon: float, delta: float, accountant: AccountantName
+) -> float:
+    return noise_multiplier_for(
+        epsilon=epsilon,
+        delta=delta,
+        sample_rate=whole.sample_rate,
+        steps=whole.count,
+        accountant=accountant,
+        group_size=whole.group_size,
+    )
 
 
 def _checked_size(dataset_size: object) -> int:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from lightning_privacy.callbacks._state import RunState
 
 
+_UNIT = "unit: "
+
+
 class Bookings:
     """Reserves the planned steps before the first one, and settles what was charged at the end.
 
@@ -45,14 +48,19 @@ class Bookings:
 
         Raises:
             BudgetExceededError: The data set's budget does not allow it.
+            ConfigurationError: Earlier runs of the ledger protect another unit.
         """
         if self._ledger is None:
             return
         assert state.plan is not None
         to_come = state.plan.release(max(0, state.plan.steps - state.ledger.count))
         releases = self._public([*state.ledger.releases, to_come], state)
-        names = {entry.run for entry in self._ledger.entries()}
-        self._ledger.reserve(state.run, releases, continues=state.run in names)
+        entries, unit = self._ledger.entries(), f"{_UNIT}{state.plan.unit}"
+        for entry in entries:
+            if entry.note.startswith(_UNIT) and entry.note != unit:
+                raise _other_unit(unit, entry.note)
+        names = {entry.run for entry in entries}
+        self._ledger.reserve(state.run, releases, note=unit, continues=state.run in names)
         self._open = True
 
     def settle(self, state: RunState) -> None:
@@ -72,3 +80,12 @@ class Bookings:
             return releases
         # Noise that can be recomputed is none.
         return [dataclasses.replace(release, noise_multiplier=0.0) for release in releases]
+
+
+def _other_unit(here: str, there: str) -> ConfigurationError:
+    return ConfigurationError(
+        must="all runs of a ledger protect the same unit",
+        found=f"{here!r} here, {there!r} in an earlier run",
+        cost="a sum of ε for examples and for users, which holds for neither",
+        remedy="keep a ledger, or a name of the data set, for each unit",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_privacy.accounting import GaussianRelease, epsilon
 from lightning_privacy.callbacks._state import RunState, budget_spent
+from lightning_privacy.callbacks._tiers import tier_settings, tiered_plan
 from lightning_privacy.errors import BudgetExceededError, ConfigurationError, GuaranteeError
 from lightning_privacy.plan import PrivacyPlan, precision_slack_for, resolve_sampling
 
@@ -18,13 +20,14 @@ if TYPE_CHECKING:
 
     from torch.utils.data import DataLoader
 
+    from lightning_privacy.callbacks._population import Population
     from lightning_privacy.callbacks._settings import PrivacySettings
     from lightning_privacy.sampling import ResolvedSampling
     from lightning_privacy.types import AccountantName
 
 
 def sampling_of(
-    settings: PrivacySettings, dataloader: DataLoader, world_size: int
+    settings: PrivacySettings, dataloader: DataLoader, world_size: int, population: Population
 ) -> ResolvedSampling:
     """Decide the rate and the public normaliser for a training loader.
 
@@ -32,6 +35,7 @@ def sampling_of(
         settings: What the user configured.
         dataloader: The training loader.
         world_size: Number of processes.
+        population: What is drawn from.
 
     Returns:
         Rate, normaliser, relation, steps per epoch, and where they come from.
@@ -40,9 +44,10 @@ def sampling_of(
         sample_rate=settings.sample_rate,
         expected_batch_size=settings.expected_batch_size,
         dataset_size=settings.dataset_size,
-        actual_size=len(dataloader.dataset),  # type: ignore[arg-type]
+        actual_size=population.size,
         loader_batch_size=dataloader.batch_size or 1,
         world_size=world_size,
+        counted=population.name,
     )
 
 
@@ -72,6 +77,7 @@ def make_plan(
     releases = _releases_per_draw(settings, state, trainer)
     remaining = _remaining(trainer, sampling.steps_per_epoch, releases, state.steps)
     fixed = _fixed_fields(settings, trainer, sampling, releases)
+    tiers = None if settings.tiers is None else tier_settings(settings.tiers, fixed)
     plan = (
         _first(settings, fixed, remaining) if state.plan is None else _same(settings, state, fixed)
     )
@@ -81,7 +87,7 @@ def make_plan(
     planned = _planned(state, remaining)
     _require_room_for_minimum(trainer, state, sampling.steps_per_epoch, planned)
     state.target_epsilon = settings.epsilon if settings.noise_multiplier is None else None
-    state.test_seed = settings.test_seed
+    state.test_seed, state.tiers = settings.test_seed, tiers
     state.plan = replace(plan, steps=max(1, planned))
     return state.plan
 
@@ -91,6 +97,8 @@ def _fixed_fields(
 ) -> dict[str, Any]:
     return {
         "unit": settings.unit,
+        "user_sampling": settings.user_sampling,
+        "group_size": settings.group_size,
         "relation": sampling.relation,
         "sample_rate": sampling.sample_rate,
         "expected_batch_size": sampling.expected_batch_size,
@@ -114,7 +122,28 @@ def _first(settings: PrivacySettings, fixed: dict[str, Any], remaining: int | No
     if remaining is None:
         raise _endless()
     assert settings.epsilon is not None
-    return PrivacyPlan.calibrated(epsilon=settings.epsilon, steps=max(1, remaining), **fixed)
+    if settings.tiers is not None:
+        return tiered_plan(settings.tiers, fixed, max(1, remaining))
+    return PrivacyPlan.calibrated(
+        epsilon=settings.epsilon, steps=max(1, remaining), progress=_Announced(), **fixed
+    )
+
+
+class _Announced:
+    """Says what a search for the noise is at, once it takes a while."""
+
+    _SECONDS = 3.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, noise_multiplier: float, spent: float) -> None:
+        if time.monotonic() - self._last > self._SECONDS:
+            self._last = time.monotonic()
+            rank_zero_info(
+                f"DifferentialPrivacy: looking for the noise; a noise multiplier of "
+                f"{noise_multiplier:.4g} costs ε = {spent:.4g}."
+            )
 
 
 def _same(settings: PrivacySettings, state: RunState, fixed: dict[str, Any]) -> PrivacyPlan:
@@ -124,6 +153,9 @@ def _same(settings: PrivacySettings, state: RunState, fixed: dict[str, Any]) -> 
     wanted = {**fixed, "unit": str(fixed["unit"]), "relation": str(fixed["relation"])}
     if settings.noise_multiplier is not None:
         wanted["noise_multiplier"] = settings.noise_multiplier
+    if settings.tiers is not None:
+        # They come from the settings that are compared below.
+        wanted = {name: wanted[name] for name in wanted if name not in {"clip_norm", "sample_rate"}}
     differences = [
         f"{name} {before[name]!r} there, {value!r} here"
         for name, value in wanted.items()
@@ -133,6 +165,9 @@ def _same(settings: PrivacySettings, state: RunState, fixed: dict[str, Any]) -> 
         differences.append(
             f"noise calibrated for ε {state.target_epsilon!r} there, {settings.epsilon!r} here"
         )
+    own = None if settings.tiers is None else tier_settings(settings.tiers, fixed)
+    if state.tiers != own:
+        differences.append(f"tiers {state.tiers!r} there, {own!r} here")
     if state.test_seed != settings.test_seed:
         differences.append("test_seed")
     if differences:

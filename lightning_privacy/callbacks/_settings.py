@@ -5,15 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
+from lightning_privacy.errors import ConfigurationError
+from lightning_privacy.sampling.users import (
+    check_user_sampling,
+    checked_group_size,
+    user_settings_without_users,
+)
 from lightning_privacy.types import (
     ACCOUNTANT_NAMES,
     CLIPPING_KINDS,
     LOSS_REDUCTIONS,
+    USER_UPDATES,
     AccountantName,
     ClippingKind,
     LossReduction,
     PrivacyUnit,
+    UserSampling,
+    UserUpdate,
     one_of,
     real_number,
     whole_number,
@@ -21,6 +29,9 @@ from lightning_privacy.types import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lightning_privacy.sampling.users import UserIds
+    from lightning_privacy.tiers import TierPolicy
 
 _NO_EPSILON = "an ε that cannot be computed, or that says nothing"
 
@@ -31,7 +42,6 @@ class PrivacySettings:
 
     Raises:
         ConfigurationError: An argument is outside its range, or the budget is not determined.
-        UnsupportedOperationError: The unit is not supported yet.
     """
 
     epsilon: float | None
@@ -45,6 +55,12 @@ class PrivacySettings:
     accountant: AccountantName
     loss_reduction: LossReduction
     unit: str
+    user_sampling: UserSampling | None
+    group_size: int | None
+    users: UserIds | None
+    tiers: TierPolicy | None
+    user_update: UserUpdate | None
+    local_learning_rate: float | None
     releases_per_draw: int | None
     independence_check: bool
     independent_buffers: Sequence[str]
@@ -54,9 +70,11 @@ class PrivacySettings:
 
     def __post_init__(self) -> None:
         """Check every argument that can be checked without a data set."""
+        self._check_tiers()
         self._check_budget()
         self._check_sampling()
         self._check_choices()
+        self._check_users()
 
     def _check_budget(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:
@@ -135,10 +153,71 @@ class PrivacySettings:
         )
         units = tuple(str(unit) for unit in PrivacyUnit)
         one_of("unit", self.unit, units, cost=wrong, remedy='use "example"')
-        if self.unit == PrivacyUnit.USER:
-            raise UnsupportedOperationError(
-                must="the privacy unit is one example",
-                found='unit="user"',
-                cost="draws of examples, accounted as if they were draws of users",
-                remedy='use unit="example", with all text of a user in one example if need be',
+
+    def _check_local_steps(self) -> None:
+        one_of(
+            "user_update",
+            self.user_update or "mean",
+            USER_UPDATES,
+            cost="a contribution of users that nobody defined",
+            remedy="use 'mean' or 'local_steps'",
+        )
+        local = self.user_update == "local_steps"
+        if local != (self.local_learning_rate is not None) or (
+            local and self.user_sampling == "examples"
+        ):
+            raise ConfigurationError(
+                must="user_update='local_steps' goes with local_learning_rate and drawn users",
+                found=f"user_update={self.user_update!r}, user_sampling={self.user_sampling!r}, "
+                f"local_learning_rate={self.local_learning_rate!r}",
+                cost="local steps of no length, or of examples",
+                remedy="pass all of them, for instance local_learning_rate=0.1",
+            )
+        if local:
+            real_number(
+                "local_learning_rate",
+                self.local_learning_rate,
+                "(0, inf)",
+                cost="local steps that lead nowhere",
+                remedy="pass the rate of a user's own steps, for instance 0.1",
+            )
+
+    def _check_tiers(self) -> None:
+        if self.tiers is None:
+            return
+        largest = self.tiers.largest_target
+        if self.noise_multiplier is not None or self.epsilon not in {None, largest}:
+            raise ConfigurationError(
+                must="with tiers the noise follows from their targets, and ε is the largest one",
+                found=f"epsilon={self.epsilon}, noise_multiplier={self.noise_multiplier}",
+                cost="a headline other than what the loosest tier gets",
+                remedy=f"leave both out, or pass epsilon={largest:g}",
+            )
+        if self.user_sampling == "examples" or self.accountant != "pld":
+            raise ConfigurationError(
+                must="tiers go with user_sampling='users' and accountant='pld'",
+                found=f"user_sampling={self.user_sampling!r}, accountant={self.accountant!r}",
+                cost="budgets that were calibrated for another mechanism",
+                remedy="leave both out",
+            )
+        object.__setattr__(self, "epsilon", largest)
+
+    def _check_users(self) -> None:
+        given = (self.user_sampling, self.group_size, self.users, self.tiers, self.user_update)
+        if self.unit != PrivacyUnit.USER:
+            if any(value is not None for value in given):
+                raise user_settings_without_users()
+            return
+        if self.user_sampling is None:
+            object.__setattr__(self, "user_sampling", "users")
+        check_user_sampling(self.user_sampling)
+        checked_group_size(self.group_size)
+        self._check_local_steps()
+        if self.expected_batch_size is None and self.sample_rate is None:
+            raise ConfigurationError(
+                must="with unit='user' the rate or the expected batch is given",
+                found="neither sample_rate nor expected_batch_size",
+                cost="a DataLoader's batch size, which counts rows, taken for a number of users",
+                remedy="pass expected_batch_size: users in a draw, or examples with "
+                "user_sampling='examples'",
             )

@@ -40,6 +40,11 @@ class RunState:
         plan: What is released at each step; None until the first training loader is known.
         target_epsilon: The ε for which the noise was calibrated, if it was.
         test_seed: The seed of deterministic test mode, if it is on.
+        tiers: What was configured of individual budgets, as plain values.
+        bound_seed: Decides which examples of a user take part, where examples of users are drawn.
+            Stored in checkpoints and public: the choice is a function of the user's own record and
+            of this seed, which no data decided, and no amplification is claimed for it. The seeds
+            of draws and noise must not be stored.
         ledger: Everything charged, one entry per draw.
         limit: Number of draws that the budget allows in all; None without a budget.
         cursor: Position of the next draw to be handed out.
@@ -53,6 +58,8 @@ class RunState:
         self.plan: PrivacyPlan | None = None
         self.target_epsilon: float | None = None
         self.test_seed: int | None = None
+        self.tiers: dict[str, Any] | None = None
+        self.bound_seed: bytes | None = None
         self.ledger = Ledger()
         self.limit: int | None = None
         self.cursor = 0
@@ -141,6 +148,8 @@ class RunState:
             "plan": self.plan.to_dict(),
             "target_epsilon": self.target_epsilon,
             "test_seed": self.test_seed,
+            "tiers": self.tiers,
+            "bound_seed": None if self.bound_seed is None else self.bound_seed.hex(),
             "ledger": self.ledger.state_dict(),
             "cursor": self.cursor,
             "releases": self.releases,
@@ -175,6 +184,8 @@ class RunState:
         same_run, self.limit = state["run"] == self.run, None
         self.target_epsilon, self.test_seed = state["target_epsilon"], state["test_seed"]
         self.steps = state["steps"]
+        seed, self.tiers = state.get("bound_seed"), state.get("tiers")
+        self.bound_seed = None if seed is None else bytes.fromhex(seed)
         if self.plan.deterministic:
             # An unbroken run is to be repeated bit for bit: same draws, same noise, ε infinite.
             self.run, self.ledger = state["run"], stored

@@ -10,28 +10,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from typing_extensions import override
 
+from lightning_privacy.callbacks import _planning, _validation
 from lightning_privacy.callbacks._bookings import Bookings
 from lightning_privacy.callbacks._checks import RowChecks
-from lightning_privacy.callbacks._planning import (
-    EpsilonSoFar,
-    epsilon_of,
-    make_plan,
-    sampling_of,
-)
+from lightning_privacy.callbacks._planning import EpsilonSoFar, epsilon_of
+from lightning_privacy.callbacks._population import population_of
 from lightning_privacy.callbacks._settings import PrivacySettings
 from lightning_privacy.callbacks._state import STATE_KEY, RunState, local_directory
 from lightning_privacy.callbacks._tally import Tally
-from lightning_privacy.callbacks._validation import (
-    refuse_module,
-    refuse_optimizers,
-    refuse_trainer,
-    state_missing,
-    warn_compiled,
-)
 from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_seed
 from lightning_privacy.reports import PrivacySummary, print_summary
-from lightning_privacy.sampling import PoissonSampler, PrivateLoader
+from lightning_privacy.sampling import PrivateLoader
 from lightning_privacy.sampling.loader import check_loader
 from lightning_privacy.step import PrivateStep
 from lightning_privacy.strategies import PrivateRun, privatize
@@ -41,7 +31,15 @@ if TYPE_CHECKING:
 
     from lightning_privacy.accounting import PrivacyLedger
     from lightning_privacy.plan import PrivacyPlan
-    from lightning_privacy.types import AccountantName, ClippingKind, LossReduction
+    from lightning_privacy.sampling.users import UserIds
+    from lightning_privacy.tiers import TierPolicy
+    from lightning_privacy.types import (
+        AccountantName,
+        ClippingKind,
+        LossReduction,
+        UserSampling,
+        UserUpdate,
+    )
 
 _EACH_STEP: Final[dict[str, Any]] = {"on_step": True, "on_epoch": False, "batch_size": 1}
 
@@ -80,7 +78,15 @@ class DifferentialPrivacy(Callback):
         clipping: "flat", "per_layer" or "automatic".
         accountant: "pld" (tightest), "prv" or "rdp".
         loss_reduction: Whether the loss is a "mean" or a "sum" over the examples of a batch.
-        unit: What is protected: "example".
+        unit: What is protected: one "example", or one "user". The next six are for users.
+        user_sampling: What is drawn, counted, clipped: "users" (the default), or "examples".
+        group_size: The most examples of a user, by public knowledge: private counts are private.
+        users: Whose rows are whose: a column or attribute of the data set, a key of its examples, a
+            function of one, or an id for each row; by default an attribute ``users``.
+        tiers: Individual budgets; ``clip_norm`` and rate are then means, ``epsilon`` the largest.
+        user_update: With drawn users, what is clipped: the "mean" gradient (the default), or that
+            along "local_steps" of ``local_learning_rate``, one for each micro-batch of the user.
+        local_learning_rate: The rate of these steps, > 0.
         releases_per_draw: Optimizer steps on one batch, in manual optimization; by default the
             number of optimizers.
         independence_check: Whether to check, before the first step and now and then later, that
@@ -118,6 +124,12 @@ class DifferentialPrivacy(Callback):
         accountant: AccountantName = "pld",
         loss_reduction: LossReduction = "mean",
         unit: str = "example",
+        user_sampling: UserSampling | None = None,
+        group_size: int | None = None,
+        users: UserIds | None = None,
+        tiers: TierPolicy | None = None,
+        user_update: UserUpdate | None = None,
+        local_learning_rate: float | None = None,
         releases_per_draw: int | None = None,
         independence_check: bool = True,
         independent_buffers: Sequence[str] = (),
@@ -139,6 +151,12 @@ class DifferentialPrivacy(Callback):
             accountant=accountant,
             loss_reduction=loss_reduction,
             unit=unit,
+            user_sampling=user_sampling,
+            group_size=group_size,
+            users=users,
+            tiers=tiers,
+            user_update=user_update,
+            local_learning_rate=local_learning_rate,
             releases_per_draw=releases_per_draw,
             independence_check=independence_check,
             independent_buffers=tuple(independent_buffers),
@@ -215,7 +233,7 @@ class DifferentialPrivacy(Callback):
         self._stage = stage
         if stage != "fit":
             return
-        refuse_trainer(trainer, pl_module, self)
+        _validation.refuse_trainer(trainer, pl_module, self)
         strategy: Any = trainer.strategy
         # Single inheritance keeps the layout, so that the class of an instance may be switched.
         ordinary: type[Any] = type(strategy)
@@ -238,9 +256,10 @@ class DifferentialPrivacy(Callback):
     def _prepare_loader(self, dataloader: Any) -> PrivateLoader:
         check_loader(dataloader)
         trainer, state = self._trainer, self._state
-        sampling = sampling_of(self.settings, dataloader, trainer.world_size)
+        population = population_of(self.settings, state, dataloader.dataset, trainer)
+        sampling = _planning.sampling_of(self.settings, dataloader, trainer.world_size, population)
         first = self._so_far is None
-        plan = make_plan(self.settings, state, trainer, sampling)
+        plan = _planning.make_plan(self.settings, state, trainer, sampling)
         to_come = plan.release(plan.steps - state.ledger.count)
         self._planned_epsilon = epsilon_of([*state.ledger.releases, to_come], plan)
         self._so_far = EpsilonSoFar(plan, self._planned_epsilon)
@@ -248,9 +267,7 @@ class DifferentialPrivacy(Callback):
             rank_zero_info(f"DifferentialPrivacy: {sampling.note}.")
         return PrivateLoader(
             dataloader,
-            PoissonSampler(
-                size=len(dataloader.dataset), sample_rate=plan.sample_rate, secret=self._secret
-            ),
+            population.sampler(plan, self._secret),
             sampling.steps_per_epoch,
             lambda: state.cursor,
             whole_draws=not trainer.lightning_module.automatic_optimization,
@@ -260,12 +277,12 @@ class DifferentialPrivacy(Callback):
         trainer, plan = self._trainer, self._state.plan
         module = trainer.lightning_module
         if trainer.ckpt_path is not None and trainer.global_step and not self._restored:
-            raise state_missing(trainer.global_step)
+            raise _validation.state_missing(trainer.global_step)
         assert plan is not None
         parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        refuse_module(module, self.settings.independent_buffers)
-        refuse_optimizers(trainer.optimizers, {id(p): n for n, p in parameters.items()})
-        warn_compiled(module)
+        _validation.refuse_module(module, self.settings.independent_buffers)
+        _validation.refuse_optimizers(trainer.optimizers, {id(p): n for n, p in parameters.items()})
+        _validation.warn_compiled(module)
         assert self._run is not None
         layouts = RowChecks(self.settings, trainer, self._run, parameters).before_training()
         self._bookings.reserve(self._state)
@@ -276,6 +293,7 @@ class DifferentialPrivacy(Callback):
             plan=plan,
             noise=GaussianNoise(self._secret),
             loss_reduction=self.settings.loss_reduction,
+            local_rate=self.settings.local_learning_rate or 0.0,
         )
         step.layouts = layouts
         return step

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.accounting.rounding import shown_epsilon
+from lightning_privacy.cli.tables import print_table
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.plan import PrivacyPlan, plan_table, precision_slack_for, resolve_sampling
 from lightning_privacy.types import ACCOUNTANT_NAMES
@@ -37,6 +39,11 @@ def print_plan(words: Sequence[str]) -> None:
     Raises:
         ConfigurationError: A number is missing, out of range, or contradicts another.
     """
+    if _is_for_users(words):
+        from lightning_privacy.cli.user_planning import print_user_plan
+
+        print_user_plan(words)
+        return
     options, others = _parser().parse_known_args(words)
     if options.config is not None:
         plan, size, budget, fixed_noise = _plan_of_recipe(options.config, others)
@@ -51,8 +58,14 @@ def print_plan(words: Sequence[str]) -> None:
         plan, size = _plan_of_numbers(options)
         budget, fixed_noise = options.epsilon, options.noise_multiplier is not None
     _print(plan, budget if fixed_noise else None)
+    if plan.tiers:
+        return  # other batch sizes have other tiers
     batch_sizes = options.batch_sizes or _around(plan, size)
     _print_batch_sizes(plan, size, batch_sizes, None if fixed_noise else budget)
+
+
+def _is_for_users(words: Sequence[str]) -> bool:
+    return "--unit=user" in words or ("--unit", "user") in pairwise(words)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-c", "--config", action="append", metavar="FILE", help="a recipe, as for `fit`")
+    add("--unit", choices=("example",), help="or `user`, which has options of its own")
     add("--dataset_size", type=int, metavar="N", help="number of units")
     add("--expected_batch_size", type=int, metavar="B", help="units drawn by a step, on average")
     add("--epochs", type=float, help="passes over the data")
@@ -132,6 +146,7 @@ def _plan_of_recipe(
     files: Sequence[str], others: Sequence[str]
 ) -> tuple[PrivacyPlan, int, float | None, bool]:
     from lightning_privacy.callbacks._planning import make_plan, sampling_of
+    from lightning_privacy.callbacks._population import Population
     from lightning_privacy.callbacks._state import RunState
     from lightning_privacy.cli.training import read_recipe
 
@@ -139,9 +154,11 @@ def _plan_of_recipe(
     recipe = read_recipe([*words, *others])
     loader = recipe.train_dataloader()
     settings = recipe.privacy.settings
-    sampling = sampling_of(settings, loader, world_size=1)
+    # How many examples of each user take part does not depend on the seed, only which ones.
+    population = Population(settings, loader.dataset, recipe.data, seed=bytes(16))
+    sampling = sampling_of(settings, loader, 1, population)
     plan = make_plan(settings, RunState(), _planned_trainer(recipe.trainer), sampling)
-    size = settings.dataset_size or len(loader.dataset)
+    size = settings.dataset_size or population.size
     return plan, size, settings.epsilon, settings.noise_multiplier is not None
 
 
@@ -172,7 +189,7 @@ def _print(plan: PrivacyPlan, budget: float | None) -> None:
     rows = plan.describe()
     if budget is not None:
         rows["steps until epsilon reaches the budget"] = str(plan.max_steps(budget))
-    _table("What this configuration costs", ("", ""), list(rows.items()))
+    print_table("What this configuration costs", ("", ""), list(rows.items()))
 
 
 def _print_batch_sizes(
@@ -187,9 +204,10 @@ def _print_batch_sizes(
         noise_multiplier=plan.noise_multiplier if budget is None else None,
         accountant=plan.accountant,
         precision_slack=plan.precision_slack,
+        group_size=plan.parts_of_unit,
     )
     titles = ("batch", "sample rate", "steps", "noise multiplier", "epsilon", "noise / batch")
-    _table(
+    print_table(
         "The same passes over the data with other expected batch sizes",
         titles,
         [
@@ -204,15 +222,3 @@ def _print_batch_sizes(
             for row in rows
         ],
     )
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=any(columns), title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right" if any(columns) else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)

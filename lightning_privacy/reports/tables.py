@@ -73,6 +73,7 @@ def summary_rows(summary: PrivacySummary, extra_rows: Sequence[Row] = ()) -> lis
         The rows, in the order in which they are shown.
     """
     rows: list[Row] = []
+    clipped = "examples" if summary.plan.user_sampling == "examples" else "units"
     for label, value in summary.plan.describe().items():
         if label == "epsilon":
             rows.extend(_epsilon_rows(summary))
@@ -81,8 +82,10 @@ def summary_rows(summary: PrivacySummary, extra_rows: Sequence[Row] = ()) -> lis
         else:
             rows.append((label, value))
     if summary.clipped_share is not None:
-        rows.append((not_covered("share of units clipped"), f"{summary.clipped_share:.1%}"))
-    rows.append((not_covered("units with a non-finite gradient"), str(summary.nonfinite_units)))
+        rows.append((not_covered(f"share of {clipped} clipped"), f"{summary.clipped_share:.1%}"))
+    rows.append(
+        (not_covered(f"{clipped} with a non-finite gradient"), str(summary.nonfinite_units))
+    )
     if summary.validation_loss is not None:
         rows.append((not_covered("validation loss"), f"{summary.validation_loss:.4f}"))
     if not summary.journal and not summary.plan.deterministic:

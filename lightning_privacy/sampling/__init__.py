@@ -7,20 +7,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_privacy.sampling.base import MicroBatch, micro_batches
+from lightning_privacy.sampling.base import MicroBatch, UnitRows, micro_batches, packed
 from lightning_privacy.sampling.poisson import PoissonSampler
 from lightning_privacy.sampling.rate import ResolvedSampling, resolve_sampling
+from lightning_privacy.sampling.user_draws import BoundedSampler, UserSampler
+from lightning_privacy.sampling.users import UserIndex, user_index
 
 if TYPE_CHECKING:
     from lightning_privacy.sampling.loader import PrivateLoader
 
 __all__ = [
+    "BoundedSampler",
     "MicroBatch",
     "PoissonSampler",
     "PrivateLoader",
     "ResolvedSampling",
+    "UnitRows",
+    "UserIndex",
+    "UserSampler",
     "micro_batches",
+    "packed",
     "resolve_sampling",
+    "user_index",
 ]
 
 

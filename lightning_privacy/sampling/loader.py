@@ -20,13 +20,12 @@ from torch.utils.data import (
 )
 
 from lightning_privacy.errors import ConfigurationError, GuaranteeError, UnsupportedOperationError
-from lightning_privacy.sampling.base import MicroBatch, micro_batches
 from lightning_privacy.types import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from lightning_privacy.sampling.poisson import PoissonSampler
+    from lightning_privacy.sampling.base import MicroBatch, Sampler
 
 _PLAIN_SAMPLERS = (RandomSampler, SequentialSampler, DistributedSampler)
 
@@ -56,7 +55,7 @@ class PrivateLoader:
     def __init__(
         self,
         base: DataLoader[Any],
-        sampler: PoissonSampler,
+        sampler: Sampler,
         steps_per_epoch: int,
         cursor: Callable[[], int],
         *,
@@ -73,7 +72,7 @@ class PrivateLoader:
         if sampler.size != len(base.dataset):  # type: ignore[arg-type]
             raise ConfigurationError(
                 must="the sampler must draw from all units of the data set",
-                found=f"a sampler over {sampler.size} units and a data set of another length",
+                found=f"a sampler over {sampler.size} rows and a data set of another length",
                 cost="units that are never drawn, or draws that do not exist",
                 remedy="make the sampler with size=len(dataset)",
             )
@@ -222,14 +221,14 @@ class _Epoch:
 class _BatchIndices:
     """The batch sampler of the rebuilt loader: all micro-batches of a range of draws, in order."""
 
-    def __init__(self, sampler: PoissonSampler, physical_batch_size: int | None) -> None:
+    def __init__(self, sampler: Sampler, physical_batch_size: int | None) -> None:
         self.sampler = sampler
         self.physical_batch_size = physical_batch_size
         self.start = 0
         self.stop = 0
 
     def plan(self, cursor: int) -> tuple[MicroBatch, ...]:
-        return micro_batches(self.sampler.draw(cursor), self.physical_batch_size)
+        return self.sampler.plan(cursor, self.physical_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         for cursor in range(self.start, self.stop):

@@ -8,6 +8,7 @@ from typing import NoReturn
 import numpy as np
 
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
+from lightning_privacy.sampling.base import MicroBatch, micro_batches
 from lightning_privacy.types import real_number, whole_number
 
 _CHUNK = 2**20  # bounds the memory that a draw from a very large data set needs
@@ -76,13 +77,37 @@ class PoissonSampler:
         Raises:
             ConfigurationError: The cursor is no whole number >= 0.
         """
-        generator = np.random.Generator(np.random.Philox(key=self._key(b"draw", cursor)))
+        generator = self.stream(b"draw", cursor)
         drawn = [
             start
             + np.flatnonzero(generator.random(min(_CHUNK, self.size - start)) < self.sample_rate)
             for start in range(0, self.size, _CHUNK)
         ]
         return np.concatenate(drawn).astype(np.int64, copy=False)
+
+    def plan(self, cursor: int, physical_batch_size: int | None) -> tuple[MicroBatch, ...]:
+        """Cuts a draw into micro-batches; see `micro_batches`.
+
+        Args:
+            cursor: Number of the draw, >= 0.
+            physical_batch_size: Most rows in one pass, >= 1; None for no limit.
+
+        Returns:
+            At least one micro-batch.
+        """
+        return micro_batches(self.draw(cursor), physical_batch_size)
+
+    def stream(self, purpose: bytes, cursor: int) -> np.random.Generator:
+        """Returns the random numbers of one draw for one purpose.
+
+        Args:
+            purpose: Up to 13 bytes; streams of different purposes are independent.
+            cursor: Number of the draw, >= 0.
+
+        Returns:
+            A generator at its start.
+        """
+        return np.random.Generator(np.random.Philox(key=self._key(purpose, cursor)))
 
     def worker_seed(self, cursor: int) -> int:
         """Returns a seed for the random transforms of data-loading workers.

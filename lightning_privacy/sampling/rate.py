@@ -34,6 +34,7 @@ def resolve_sampling(
     actual_size: int,
     loader_batch_size: int,
     world_size: int = 1,
+    counted: str = "the data set's length",
 ) -> ResolvedSampling:
     """Decides the sample rate q and the public normaliser from what the user declared.
 
@@ -47,6 +48,7 @@ def resolve_sampling(
         actual_size: The data set's own length, >= 1.
         loader_batch_size: The loader's (physical) batch size, >= 1.
         world_size: Number of processes, >= 1.
+        counted: What ``actual_size`` is, in words.
 
     Returns:
         The rate, the normaliser, the relation, the steps of an epoch and a note.
@@ -66,19 +68,19 @@ def resolve_sampling(
     elif rate is not None and batch is not None:
         note = "sample_rate and expected_batch_size as declared"
     elif rate is not None:
-        batch, note = rate * actual, "normaliser = sample_rate x the data set's length"
+        batch, note = rate * actual, f"normaliser = sample_rate x {counted}"
     else:
         where = (
             "declared" if batch is not None else f"the loader's batch size x {world} process(es)"
         )
         batch = float(loader * world) if batch is None else batch
-        source = "the data set's length" if size is None else "the declared dataset_size"
+        source = counted if size is None else "the declared dataset_size"
         rate = _rate(batch, actual if size is None else size, source)
         note = f"sample rate = expected batch size ({where}) / {source}"
     public_length = size is None and (sample_rate is None or expected_batch_size is None)
     if public_length:
         relation = NeighbouringRelation.ZERO_OUT
-        note += "; that length is taken as public, so a neighbour has one unit zeroed out"
+        note += "; that number is taken as public, so a neighbour has one unit zeroed out"
     else:
         relation = NeighbouringRelation.ADD_OR_REMOVE
         note += "; a neighbour has one unit more or less"

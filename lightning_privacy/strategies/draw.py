@@ -10,19 +10,21 @@ from torch import Tensor
 from lightning_privacy.strategies.refusals import second_backward
 
 if TYPE_CHECKING:
+    from lightning_privacy.sampling import UnitRows
     from lightning_privacy.step import PrivateStep
 
 
 class Draw:
     """Where one draw stands between backward passes and releases."""
 
-    __slots__ = ("cursor", "manual", "releases", "unreleased", "weights")
+    __slots__ = ("cursor", "manual", "releases", "units", "unreleased", "weights")
 
     def __init__(self, *, cursor: int = -1, manual: bool = False) -> None:
         self.cursor, self.manual = cursor, manual
         self.releases = 0
         self.unreleased = False
         self.weights: Sequence[float] = ()
+        self.units: UnitRows | None = None
 
     def before_backward(self, step: PrivateStep) -> None:
         """Refuse, or make room for, another backward on the same draw.

@@ -220,7 +220,7 @@ class PrivateRun:
                 raise closure_never_called(optimizer)
             self._watch_state()
             if not self.module.automatic_optimization:
-                self._step().begin(self._draw.weights)
+                self._step().begin(self._draw.weights, self._draw.units)
             return result
 
     def probe(self, batch: Any, *arguments: Any) -> Tensor | None:
@@ -260,7 +260,7 @@ class PrivateRun:
             if position:
                 batch = self._next_batch()
             self._weigh_logs(batch, micro)
-            step.begin(micro.weights)
+            step.begin(micro.weights, micro.units)
             with self.labels.watching(len(micro.weights)):
                 output = ordinary(batch, *arguments)
             loss = loss_in(output)
@@ -275,9 +275,9 @@ class PrivateRun:
         micro_batches = self._loader().current
         if len(micro_batches) != 1:
             raise draw_was_split(len(micro_batches))
-        self._draw.weights = micro_batches[0].weights
+        self._draw.weights, self._draw.units = micro_batches[0].weights, micro_batches[0].units
         self._weigh_logs(batch, micro_batches[0])
-        self._step().begin(self._draw.weights)
+        self._step().begin(self._draw.weights, self._draw.units)
         with self.labels.watching(len(self._draw.weights)):
             output = ordinary(batch, *arguments)
         if self._draw.unreleased:

@@ -119,7 +119,12 @@ def test_one_release_is_the_inverse_of_its_hockey_stick(sigma, q, delta):
 @pytest.mark.parametrize(("mu", "count"), [(0.05, 10**7), (0.02, 10**6), (1e-4, 1), (1e-4, 100)])
 def test_the_rounding_of_tiny_losses_never_turns_the_bound_over(mu, count, delta):
     sigma = math.sqrt(count) / mu
-    sides = composed(sigma, 1.0, count, privacy_loss._grid_width([(sigma, 1.0, count)], 1e-4))
+    sides = composed(
+        sigma,
+        1.0,
+        count,
+        privacy_loss._grid_width([privacy_loss._Mechanism(sigma, 1.0, count)], 1e-4),
+    )
     truth = exact_epsilon(mu, delta)
     assert truth <= max(privacy_loss._epsilon(side, delta) for side in sides) <= truth * 1.02 + 1e-4
 

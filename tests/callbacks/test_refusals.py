@@ -99,9 +99,28 @@ def test_wrong_arguments(arguments: dict[str, Any], must: str) -> None:
     assert must in caught.value.must
 
 
-def test_users_are_not_supported_yet() -> None:
-    with pytest.raises(UnsupportedOperationError, match='unit="user"'):
-        DifferentialPrivacy(epsilon=1.0, delta=1e-5, unit="user")
+USERS: dict[str, Any] = {"epsilon": 1.0, "delta": 1e-5, "unit": "user"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "must"),
+    [
+        ({"group_size": 4}, "with unit='user' the rate or the expected batch is given"),
+        ({"expected_batch_size": 4}, "`group_size` must be a whole number >= 1"),
+        ({"expected_batch_size": 4, "group_size": 0}, "`group_size` must be"),
+        (
+            {"expected_batch_size": 4, "group_size": 1, "user_sampling": "both"},
+            "`user_sampling` must be one of 'users', 'examples'",
+        ),
+        ({"unit": "example", "group_size": 4}, "go with unit='user'"),
+        ({"unit": "example", "users": "who"}, "go with unit='user'"),
+        ({"unit": "example", "user_sampling": "users"}, "go with unit='user'"),
+    ],
+)
+def test_settings_for_users_belong_together(arguments: dict[str, Any], must: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        DifferentialPrivacy(**{**USERS, **arguments})
+    assert must in caught.value.must
 
 
 # ---------------------------------------------------------------------- the trainer

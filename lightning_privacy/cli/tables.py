@@ -1,0 +1,27 @@
+"""How the command line prints a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table.
+
+    Args:
+        title: Stands above.
+        columns: Their titles; all empty for none.
+        rows: Cells as text.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=any(columns), title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if any(columns) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
