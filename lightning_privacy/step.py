@@ -181,7 +181,7 @@ class PrivateStep:
             self.parameters,
             rows=len(self._weights),
             layouts=self.layouts,
-            buffered=self._buffered,
+            buffering=self._rule.groups == 1,
         )
         capture.open()
         self._capture = capture
@@ -203,8 +203,6 @@ class PrivateStep:
             )
         found = capture.collect()
         self.abort_micro_batch()
-        if self._buffered is None and self._rule.groups == 1:
-            self._buffered = capture.bufferable
         if self._open or (self._rows is not None and self._rows.unfinished):
             self._open.add(found, self.parameters, self._units(), capture.buffer)
             if self._rows is not None and self._rows.unfinished:
@@ -231,10 +229,8 @@ class PrivateStep:
         part = clipped_sum(found, self.parameters, units, rule, buffer, self._share)
         for name, gradient in part.gradients.items():
             self._add(name, gradient)
-        if part.buffered is not None and self._buffered_sum is not None:
-            self._buffered_sum += part.buffered
-        elif part.buffered is not None:
-            self._buffered_sum = part.buffered
+        if part.buffered is not None and buffer is not None:
+            self._add_buffered(buffer.layout, part.buffered)
         self._parts.append(dataclasses.replace(part, gradients={}, buffered=None))
 
     def _add(self, name: str, gradient: Tensor) -> None:
@@ -242,6 +238,20 @@ class PrivateStep:
             self._sums[name] += gradient
         else:
             self._sums[name] = gradient
+
+    def _add_buffered(self, layout: BufferLayout, total: Tensor) -> None:
+        if self._buffered_sum is not None and layout == self._buffered:
+            self._buffered_sum += total
+            return
+        self._spread()
+        self._buffered, self._buffered_sum = layout, total
+
+    def _spread(self) -> None:
+        """Move the sums of the buffer to those by name."""
+        if self._buffered_sum is not None and self._buffered is not None:
+            for name, gradient in self._buffered.pieces(self._buffered_sum):
+                self._add(name, gradient)
+        self._buffered_sum = None
 
     def abort_micro_batch(self) -> None:
         """Untag the parameters and drop what was captured; the running sums stay."""
@@ -308,12 +318,10 @@ class PrivateStep:
         """The clipped sums of a bundle, flat; zeros where nothing contributed."""
         buffered = self._buffered_sum
         if buffered is not None and self._buffered is not None:
-            whole = names == tuple(self._buffered.shapes) and self._sums.keys().isdisjoint(names)
-            self._buffered_sum = None
-            if whole:
+            if names == tuple(self._buffered.shapes) and self._sums.keys().isdisjoint(names):
+                self._buffered_sum = None
                 return buffered
-            for name, gradient in self._buffered.pieces(buffered):
-                self._add(name, gradient)
+            self._spread()
         parts = []
         for name in names:
             parameter, total = self.parameters[name], self._sums.pop(name, None)

@@ -83,6 +83,10 @@ class RowBuffer:
             torch.bmm(left.mT, right, out=place)
             self._written.add(name)
 
+    def holds(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether gradients of that type of a parameter belong here."""
+        return name in self.layout.shapes and dtype == self.layout.dtype
+
     def wrote(self, name: str) -> bool:
         """Whether a parameter has a gradient here."""
         return name in self._written

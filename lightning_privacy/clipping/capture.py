@@ -32,12 +32,11 @@ _UNKNOWN = object()
 class Slot:
     """What one capture knows about one parameter."""
 
-    __slots__ = ("_leaf", "contributions", "name", "parameter", "products")
+    __slots__ = ("_leaf", "contributions", "name", "parameter")
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.parameter = name, parameter
         self.contributions: list[Contribution] = []
-        self.products = 0
         self._leaf: Tensor | None = None
 
     def leaf(self, rows: int) -> Tensor:
@@ -57,7 +56,6 @@ class Slot:
         """All contributions, joined; the leaf's gradient is one of them."""
         if self._leaf is not None and self._leaf.grad is not None:
             self.contributions.append(Dense(self._leaf.grad))
-            self.products = 0
         items, self.contributions, self._leaf = self.contributions, [], None
         return combine(items, self.parameter.shape) if items else []
 
@@ -70,8 +68,7 @@ class Capture:
         rows: number of rows ``B`` in the batch.
         layouts: where the rows lie, from `learn_layouts`; None keeps to "rows come first".
         instantiate: keep per-row gradients always, never the factors of a Gram norm.
-        buffered: the parameters whose rows' gradients are to lie side by side, as `bufferable` of
-            an earlier capture found them.
+        buffering: let the gradients of small parameters lie side by side in a `buffer`.
 
     Raises:
         ConfigurationError: a parameter is not a plain `torch.nn.Parameter`.
@@ -84,7 +81,7 @@ class Capture:
         rows: int,
         layouts: Layouts | None = None,
         instantiate: bool = False,
-        buffered: BufferLayout | None = None,
+        buffering: bool = False,
     ) -> None:
         self.rows = rows
         self.layouts = layouts if layouts is not None else Layouts()
@@ -94,8 +91,8 @@ class Capture:
         for name, parameter in parameters.items():
             _require_plain(name, parameter)
         self.buffer: RowBuffer | None = None
-        self.bufferable: BufferLayout | None = None
-        self._buffered = buffered
+        self._buffering = buffering
+        self._expected: dict[str, torch.dtype] = {}
         self._anchors: dict[torch.device, Tensor] = {}
         self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
         self._last_input: tuple[Tensor, Tensor] | None = None
@@ -128,7 +125,7 @@ class Capture:
     def collect(self) -> dict[str, list[Contribution]]:
         """After backward: contributions by parameter name; parameters without any are absent.
 
-        What went to the `buffer` is there. Also finds out what is `bufferable` from now on.
+        What went to the `buffer` is there.
         """
         for slot in self.slots.values():
             if self.buffer is not None and slot.reached and self.buffer.wrote(slot.name):
@@ -136,21 +133,7 @@ class Capture:
                 taken = self.buffer.take(slot.name)
                 slot.contributions.append(Dense(taken.unflatten(1, slot.parameter.shape)))
         found = {slot.name: slot.collect() for slot in self.slots.values()}
-        self.bufferable = self._buffered or self._bufferable(found)
         return {name: items for name, items in found.items() if items}
-
-    def _bufferable(self, found: Mapping[str, list[Contribution]]) -> BufferLayout | None:
-        """Small parameters whose whole gradient was one instantiated product, of one type."""
-        shapes: dict[torch.dtype, dict[str, torch.Size]] = {}
-        for slot in self.slots.values():
-            items, size = found[slot.name], slot.parameter.numel()
-            if slot.products == len(items) == 1 and isinstance(items[0], Dense) and size <= LARGEST:
-                dtype = items[0].gradients.dtype
-                shapes.setdefault(dtype, {})[slot.name] = slot.parameter.shape
-        if not shapes or len({slot.parameter.device for slot in self.slots.values()}) > 1:
-            return None
-        dtype, most = max(shapes.items(), key=lambda entry: len(entry[1]))
-        return BufferLayout(most, dtype)
 
     # ------------------------------------------------------------------ dispatch
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -273,7 +256,6 @@ class Capture:
         """Gradient ``left^T right`` per row, in the cheaper of its two forms."""
         if not self.armed:
             self._require_armed(slot)
-        slot.products += 1
         if not self.instantiates(left, left.shape[1], left.shape[2], right.shape[2]):
             slot.contributions.append(Outer(left.detach(), right.detach()))
             return
@@ -283,14 +265,26 @@ class Capture:
         else:
             buffer.add_product(slot.name, left, right)
 
+    def expect_product(self, slot: Slot, like: Tensor, width: int, dtype: torch.dtype) -> None:
+        """In the forward: a product of ``like [.., a]`` and a gradient ``[.., width]`` may come."""
+        if self._buffering and self.buffer is None and slot.parameter.numel() <= LARGEST:
+            positions = like.numel() // (self.rows * like.shape[-1])
+            if self.instantiates(like, positions, like.shape[-1], width):
+                self._expected[slot.name] = dtype
+
     def _buffer_for(self, slot: Slot, product: Tensor) -> RowBuffer | None:
         """Made when the first gradient comes: in the forward it would add to the peak of memory."""
-        layout = self._buffered
-        if layout is None or slot.name not in layout.shapes or layout.dtype != product.dtype:
-            return None
-        if self.buffer is None:
+        if self.buffer is None and self._expected:
+            shapes = {
+                known.name: known.parameter.shape
+                for known in self.slots.values()
+                if self._expected.get(known.name) == product.dtype
+                and known.parameter.device == product.device
+            }
+            layout = BufferLayout(shapes, product.dtype)
             self.buffer = RowBuffer(layout, self.rows, product.device)
-        return self.buffer
+        held = self.buffer is not None and self.buffer.holds(slot.name, product.dtype)
+        return self.buffer if held else None
 
     def instantiates(self, like: Tensor, positions: int, a: int, b: int) -> bool:
         """Whether a sum of ``positions`` outer products of ``a`` by ``b`` is kept as it is.
@@ -311,7 +305,6 @@ class Capture:
     def add_dense(self, slot: Slot, gradients: Tensor) -> None:
         """Gradients of all rows, ``[B, *shape]``."""
         self._require_armed(slot)
-        slot.products += 2  # no product of its own: not for the buffer
         self._add_dense(slot, gradients.detach())
 
     def _add_dense(self, slot: Slot, gradients: Tensor) -> None:

@@ -367,8 +367,9 @@ class PrivateRun:
             raise uncovered([name for name, p in named if self._is_stranger(p)])
 
     def _is_stranger(self, parameter: Tensor | None) -> bool:
-        covered = parameter is None or id(parameter) in self._covered
-        return not covered and parameter.requires_grad
+        return (
+            parameter is not None and id(parameter) not in self._covered and parameter.requires_grad
+        )
 
     def _step(self) -> PrivateStep:
         if self.step is None:

@@ -14,7 +14,6 @@ from lightning_privacy.clipping.capture import Capture
 from lightning_privacy.clipping.norms import FlatClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
 from tests.clipping.reference import (
-    Sketch,
     clipped_by_hand,
     loop_gradients,
     numbers,
@@ -42,8 +41,8 @@ class Net(nn.Module):
         return hidden if self.mode == "not at all" else self.second(hidden)
 
 
-def capture_of(model: nn.Module, x: Tensor, buffered: BufferLayout | None = None) -> Capture:
-    capture = Capture(dict(model.named_parameters()), rows=len(x), buffered=buffered)
+def capture_of(model: nn.Module, x: Tensor) -> Capture:
+    capture = Capture(dict(model.named_parameters()), rows=len(x), buffering=True)
     with capture.opened():
         loss = squares(model, x)
         capture.armed = True
@@ -51,49 +50,56 @@ def capture_of(model: nn.Module, x: Tensor, buffered: BufferLayout | None = None
     return capture
 
 
-def clipped(model: nn.Module, x: Tensor, buffered: BufferLayout | None) -> ClippedSum:
-    capture = capture_of(model, x, buffered)
+def clipped(model: nn.Module, x: Tensor) -> ClippedSum:
+    capture = capture_of(model, x)
     parameters = dict(model.named_parameters())
     units = Units.rows(torch.ones(len(x)), float(len(x)))
-    found = capture.collect()
-    rule = FlatClipping(clip_norm=CLIP)
-    part = clipped_sum(found, parameters, units, rule, capture.buffer)
-    if buffered is not None and part.buffered is not None:
-        for name, gradient in buffered.pieces(part.buffered):
-            assert name not in part.gradients or not gradient.any()
-            part.gradients[name] = part.gradients.get(name, 0) + gradient
+    part = clipped_sum(
+        capture.collect(), parameters, units, FlatClipping(clip_norm=CLIP), capture.buffer
+    )
+    assert capture.buffer is not None
+    assert part.buffered is not None
+    for name, gradient in capture.buffer.layout.pieces(part.buffered):
+        assert name not in part.gradients or not gradient.any()
+        part.gradients[name] = part.gradients.get(name, 0) + gradient
     return part
 
 
-def layout_of(model: nn.Module, x: Tensor) -> BufferLayout:
-    capture = capture_of(model, x)
-    capture.collect()
-    assert capture.bufferable is not None
-    return capture.bufferable
+def layout_of(model: nn.Module, x: Tensor) -> BufferLayout | None:
+    buffer = capture_of(model, x).buffer
+    return None if buffer is None else buffer.layout
 
 
-def test_whole_products_are_bufferable_and_nothing_else() -> None:
+def test_small_products_lie_in_the_buffer() -> None:
     layout = layout_of(Net(), numbers(B, 6, 4))
+    assert layout is not None
     assert list(layout.shapes) == ["first.weight", "second.weight"]
     assert layout.offsets == {"first.weight": 0, "second.weight": 16}
     assert layout.size == 28
     assert layout.dtype == torch.float32
 
 
-def test_what_is_kept_as_factors_is_not_bufferable() -> None:
-    capture = capture_of(nn.Linear(300, 200), numbers(B, 2, 300))
-    capture.collect()
-    assert capture.bufferable is None
+def test_what_is_kept_as_factors_does_not() -> None:
+    assert layout_of(nn.Linear(300, 200), numbers(B, 2, 300)) is None
+
+
+def test_without_buffering_nothing_does() -> None:
+    model = Net()
+    capture = Capture(dict(model.named_parameters()), rows=B)
+    with capture.opened():
+        loss = squares(model, numbers(B, 6, 4))
+        capture.armed = True
+        loss.backward()
+    assert capture.buffer is None
 
 
 @pytest.mark.parametrize("mode", ["once", "twice", "as a factor", "not at all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_sum_is_that_of_the_loop(mode: str, dtype: torch.dtype) -> None:
     model, x = Net().to(dtype), numbers(B, 6, 4).to(dtype)
-    layout = layout_of(model, x)
     model.mode = mode
     expected = clipped_by_hand(loop_gradients(model, squares, x), CLIP)
-    found = clipped(model, x, layout)
+    found = clipped(model, x)
     whole = {n: found.gradients.get(n, torch.zeros_like(p)) for n, p in model.named_parameters()}
     errors = relative_error(whole, expected)
     assert max(errors.values()) < (1e-5 if dtype == torch.float32 else 1e-12), errors
@@ -101,22 +107,13 @@ def test_the_sum_is_that_of_the_loop(mode: str, dtype: torch.dtype) -> None:
 
 def test_a_row_that_is_not_finite_contributes_zero() -> None:
     model, x = Net(), numbers(B, 6, 4)
-    layout = layout_of(model, x)
     broken = x.clone()
     broken[1, 2, 0] = float("nan")
-    found = clipped(model, broken, layout)
+    found = clipped(model, broken)
     kept = [0, 2, 3, 4]
     expected = clipped_by_hand(loop_gradients(model, squares, x[kept]), CLIP)
     assert found.nonfinite.tolist() == [False, True, False, False, False]
     assert max(relative_error(found.gradients, expected).values()) < 1e-5
-
-
-def test_gradients_of_another_type_stay_outside() -> None:
-    model, x = Net(), numbers(B, 6, 4)
-    layout = BufferLayout({"first.weight": model.first.weight.shape}, torch.float64)
-    capture = capture_of(model, x, layout)
-    assert capture.buffer is None
-    assert "first.weight" in capture.collect()
 
 
 FILLS: dict[str, Callable[[RowBuffer, Any], None]] = {
@@ -139,13 +136,3 @@ def test_products_are_written_and_then_added(fill: str) -> None:
     whole = buffer.complete()
     assert not whole[:, :3].any()
     torch.testing.assert_close(whole[:, 3:].view(B, 2, 4), expected)
-
-
-def test_one_layout_of_a_model_with_other_uses_first() -> None:
-    # What was not one whole product when the layout was learnt stays outside of it.
-    model = Sketch(
-        lambda m, x: m.layer(x) * m.layer.weight[0] + m.other(x),
-        layer=nn.Linear(4, 4),
-        other=nn.Linear(4, 4),
-    )
-    assert list(layout_of(model, numbers(B, 6, 4)).shapes) == ["other.weight"]

@@ -114,6 +114,8 @@ def _dense(
     site = _Site(
         capture, weight_slot, bias_slot, capture.cast(weight, dtype), plain_bias, rows, transposed
     )
+    if weight_slot is not None:
+        capture.expect_product(weight_slot, x, weight.shape[1 if transposed else 0], dtype)
     return apply(_Dense, x, capture.anchor(x.device), site)
 
 
