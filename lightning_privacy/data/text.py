@@ -146,7 +146,7 @@ class TextDataModule(CausalTextDataModule):
         batch_size: Rows in one physical batch, at least 1.
         max_length: Longest row in tokens, at least 2; the rest of a longer text is dropped.
         padding: ``"longest"`` pads a batch to its longest row, ``"max_length"`` to that length.
-        tokenizer: ``"byte"``, or a local folder that holds a Hugging Face tokeniser.
+        tokenizer: ``"byte"``, or a folder or hub id that holds a Hugging Face tokeniser.
         num_workers: Processes that load batches.
 
     Raises:
@@ -194,7 +194,7 @@ class TextCorpus(CausalTextDataModule):
         batch_size: Rows in one physical batch, at least 1.
         max_length: Longest row in tokens, at least 2; the rest of a longer text is dropped.
         padding: ``"longest"`` pads a batch to its longest row, ``"max_length"`` to that length.
-        tokenizer: ``"byte"``, or a local folder that holds a Hugging Face tokeniser.
+        tokenizer: ``"byte"``, or a folder or hub id that holds a Hugging Face tokeniser.
         num_workers: Processes that load batches.
         embedded: How the embedded corpus is made.
 
