@@ -29,7 +29,7 @@ def read_config(checkpoint: str) -> Any:
         ConfigurationError: If there is no such folder, the hub refuses or cannot be reached, or the
             configuration cannot be read.
     """
-    _require_folder_or_id(checkpoint, "config.json")
+    _require_folder_or_id(checkpoint, "checkpoint", "config.json")
     from transformers import AutoConfig
 
     try:
@@ -50,7 +50,7 @@ def read_tokenizer(checkpoint: str) -> Any:
     Raises:
         ConfigurationError: As :func:`read_config`.
     """
-    _require_folder_or_id(checkpoint, "")
+    _require_folder_or_id(checkpoint, "tokenizer")
     from transformers import AutoTokenizer
 
     try:
@@ -100,12 +100,12 @@ def refusal_of(error: BaseException, checkpoint: str, what: str) -> Configuratio
     )
 
 
-def _require_folder_or_id(checkpoint: str, needed: str) -> None:
+def _require_folder_or_id(checkpoint: str, key: str, needed: str = "") -> None:
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         if needed and not (folder / needed).is_file():
             raise ConfigurationError(
-                must="A folder given as checkpoint was written by `save_pretrained`.",
+                must=f"A folder given as `{key}` was written by `save_pretrained`.",
                 found=f"There is no '{needed}' in '{checkpoint}'.",
                 cost=_COST,
                 remedy="Give the folder that holds it; original Llama weights have to be converted "
@@ -115,7 +115,7 @@ def _require_folder_or_id(checkpoint: str, needed: str) -> None:
     # An id is "name" or "owner/name"; what only a path can be is never sent to the hub.
     if checkpoint.startswith((".", "~", "/", "\\")) or checkpoint.count("/") > 1:
         raise ConfigurationError(
-            must="The checkpoint is an existing folder, or an id at the Hugging Face hub.",
+            must=f"`{key}` is an existing folder, or an id at the Hugging Face hub.",
             found=f"There is no folder '{checkpoint}'.",
             cost=_COST,
             remedy="Correct the path; relative paths start in the working directory.",

@@ -120,6 +120,7 @@ class PrivacyCLI(LightningCLI):
         """
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
+        _share_checkpoint(self.config[self.config.subcommand])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callback of the group ``privacy`` and no second one.
@@ -171,6 +172,15 @@ class PrivacyCLI(LightningCLI):
         callback: Any = self._get(self.config_init, "privacy")
         assert isinstance(callback, DifferentialPrivacy)
         return callback
+
+
+def _share_checkpoint(config: Any) -> None:
+    """Give data without a tokeniser that of the model's checkpoint: a user names it once."""
+    data, model = (config.get(f"{group}.init_args") for group in ("data", "model"))
+    if data is None or model is None or "tokenizer" not in data:
+        return
+    if data["tokenizer"] is None:
+        data["tokenizer"] = model.get("checkpoint")
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
         """
 
     def encode_pair(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
-        """Turn a prompt, with its mark of beginning, and a text, with its mark of end, into integers.
+        """Turn a prompt and the text behind it into integers, between the marks of both ends.
 
         Args:
             prompt: What is given; may be empty.
@@ -98,8 +98,8 @@ class PretrainedTokenizer:
     """The Hugging Face tokeniser of a checkpoint.
 
     Args:
-        checkpoint: Folder that ``save_pretrained`` wrote, or an id at the hub. What is sent there is
-            the id alone, never a text.
+        checkpoint: Folder that ``save_pretrained`` wrote, or an id at the hub. What is sent there
+            is the id alone, never a text.
 
     Raises:
         ConfigurationError: If there is no such folder, it holds no tokeniser, or the hub refuses.

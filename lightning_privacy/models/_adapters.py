@@ -8,24 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_privacy.errors import ConfigurationError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
 
 
-def adapted(base: Any, adapters: Any) -> Any:
-    """Put adapters on a base, which is frozen.
+def adapted(base: Any, values: Mapping[str, Any]) -> Any:
+    """Put adapters on a base, which is frozen, and a trained head where there are classes.
 
     Args:
         base: A model of transformers.
-        adapters: Their configuration.
+        values: The arguments of `LlamaQLoRA` by name.
 
     Returns:
         The model of peft around the same base.
     """
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
 
+    settings = LoraConfig(
+        r=values["rank"],
+        lora_alpha=values["alpha"],
+        lora_dropout=values["dropout"],
+        target_modules=values["target_modules"] or "all-linear",
+        use_rslora=values["rslora"],
+        use_dora=values["dora"],
+        task_type="CAUSAL_LM" if values["task"] == "causal_lm" else "SEQ_CLS",
+    )
     with _without_deprecations():
-        return get_peft_model(base, adapters)
+        return get_peft_model(base, settings)
 
 
 def merged(base: Any, folder: str) -> Any:
@@ -75,6 +88,30 @@ def continued(
         top_k=None,
     )
     return str(tokenizer.decode(made[0, given.shape[1] :], skip_special_tokens=True))
+
+
+def require_same(own: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    """Refuse adapters of other layers or another rank.
+
+    Args:
+        own: What a model trains, by name.
+        held: What a checkpoint holds.
+
+    Raises:
+        ConfigurationError: If names or shapes differ.
+    """
+    shapes, others = ({name: t.shape for name, t in each.items()} for each in (own, held))
+    if shapes == others:
+        return
+    names = sorted(shapes.keys() | others.keys())
+    wrong = [name for name in names if shapes.get(name) != others.get(name)]
+    raise ConfigurationError(
+        must="A checkpoint is loaded into adapters of the same layers and rank.",
+        found=f"{len(wrong)} of {len(own)} differ, the first is {wrong[0]}.",
+        cost="Part of the adapters would keep their initial weights.",
+        remedy="Give the model the arguments `rank`, `target_modules`, `dora` and `task` of the "
+        "run that wrote the checkpoint.",
+    )
 
 
 @contextmanager

@@ -194,7 +194,11 @@ def _random_values(
 def _quantised(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> nn.Linear:
     import bitsandbytes as bnb
 
-    sizes, bias, device = (linear.in_features, linear.out_features), linear.bias, linear.weight.device
+    sizes, bias, device = (
+        (linear.in_features, linear.out_features),
+        linear.bias,
+        linear.weight.device,
+    )
     layer: Any
     if quantization == "nf4":
         layer = bnb.nn.Linear4bit(
@@ -204,9 +208,7 @@ def _quantised(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype
             linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
         ).to(device)
     else:
-        layer = bnb.nn.Linear8bitLt(
-            *sizes, bias is not None, has_fp16_weights=False, device="meta"
-        )
+        layer = bnb.nn.Linear8bitLt(*sizes, bias is not None, has_fp16_weights=False, device="meta")
         layer.weight = bnb.nn.Int8Params(
             linear.weight.data, requires_grad=False, has_fp16_weights=False
         ).to(device)

@@ -59,7 +59,9 @@ class Workload:
     def adapter_parameters(self) -> int:
         """How many parameters the adapters have."""
         layers = block_layers(self.config)
-        chosen = [sizes for name, sizes in layers.items() if not self.targets or name in self.targets]
+        chosen = [
+            sizes for name, sizes in layers.items() if not self.targets or name in self.targets
+        ]
         return self.config.num_hidden_layers * self.rank * sum(a + b for a, b in chosen)
 
     def memory(self) -> float:

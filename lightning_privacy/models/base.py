@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Schedule = Literal["constant", "linear", "cosine"]
 
 _OF_A_CHECKPOINT = {
-    "vocab_size": "use the checkpoint's own tokeniser.",
-    "max_length": "set `data.max_length` to at most {own}.",
+    "vocab_size": "; where a checkpoint decides it, use the checkpoint's own tokeniser.",
+    "max_length": "; where a checkpoint decides it, lower `data.max_length`.",
 }
 
 
@@ -38,6 +38,8 @@ class TextModule(LightningModule):
         schedule: What the learning rate does after the warm-up, by optimizer step.
         warmup_steps: Optimizer steps until the learning rate reaches its peak.
     """
+
+    task: str = "causal_lm"
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class TextModule(LightningModule):
     @property
     @abstractmethod
     def limits(self) -> dict[str, int]:
-        """What the data may ask of the model: ``vocab_size`` and ``max_length``."""
+        """What the data may ask of the model at most: ``vocab_size``, ``max_length``, classes."""
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Compute the mean over the examples of each one's own loss.
@@ -135,24 +137,32 @@ class TextModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": by_step}
 
     def setup(self, stage: str) -> None:
-        """Refuse a tokeniser or rows that do not fit the model.
+        """Refuse a tokeniser, rows, classes or a task of the data that do not fit the model.
 
         Args:
             stage: Lightning's stage; checked in every stage.
 
         Raises:
-            ConfigurationError: If the data module has more tokens or longer rows than the model.
+            ConfigurationError: If the data module has more tokens, longer rows, more classes or
+                another task than the model.
         """
         data = getattr(self.trainer, "datamodule", None)
+        task = getattr(data, "task", self.task)
+        if task != self.task:
+            raise ConfigurationError(
+                must="Model and data have the same task.",
+                found=f"The model's is '{self.task}', the data's '{task}'.",
+                cost="The labels would mean something else than the model predicts.",
+                remedy=f"Set `model.task` to '{task}', or choose another data module.",
+            )
         for name, own in self.limits.items():
             needed = getattr(data, name, None)
             if isinstance(needed, int) and needed > own:
                 raise ConfigurationError(
                     must=f"The model's `{name}` is at least the data's.",
                     found=f"The model has {own}, the data {needed}.",
-                    cost="The model could not read some of the rows.",
-                    remedy=f"Set `model.{name}` to {needed} or, where a checkpoint decides it, "
-                    + _OF_A_CHECKPOINT[name].format(own=own),
+                    cost="The model could not read or name some of the rows.",
+                    remedy=f"Set `model.{name}` to {needed}" + _OF_A_CHECKPOINT.get(name, "."),
                 )
 
     def _evaluate(self, name: str, batch: Mapping[str, Tensor]) -> None:

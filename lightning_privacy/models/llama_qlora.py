@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.hub import read_config, read_tokenizer
-from lightning_privacy.models._adapters import adapted, continued, merged
+from lightning_privacy.models._adapters import adapted, continued, merged, require_same
 from lightning_privacy.models._loading import (
     Quantization,
     Task,
@@ -48,8 +48,8 @@ class LlamaQLoRA(TextModule):
     trainer. Checkpoints hold what is trained and nothing else.
 
     Args:
-        checkpoint: A folder that ``save_pretrained`` wrote, or an id at the Hugging Face hub, of the
-            architecture llama, mistral, qwen2 or qwen3; null to make the model up from ``config``.
+        checkpoint: A folder that ``save_pretrained`` wrote, or an id at the Hugging Face hub, of
+            the architecture llama, mistral, qwen2 or qwen3; null to make the model up.
         config: Only for tests and benchmarks, together with ``checkpoint: null``: arguments of
             transformers' configuration, with its ``model_type`` (by default llama). The weights are
             random.
@@ -104,10 +104,8 @@ class LlamaQLoRA(TextModule):
         super().__init__(learning_rate, weight_decay, betas, schedule, warmup_steps)
         self.save_hyperparameters()
         require_valid(self.hparams)
-        self.task: Task = task
+        self.task = task
         self.network: Any = None
-        # A checkpoint holds the adapters alone; which keys it must have is checked below.
-        self.strict_loading = False
 
     # ------------------------------------------------------------------ what is loaded
     @cached_property
@@ -125,9 +123,13 @@ class LlamaQLoRA(TextModule):
 
     @property
     def limits(self) -> dict[str, int]:
-        """The size of the vocabulary and the longest row."""
+        """The size of the vocabulary, the longest row and the number of classes."""
         config = self.base_config
-        return {"vocab_size": config.vocab_size, "max_length": config.max_position_embeddings}
+        return {
+            "vocab_size": config.vocab_size,
+            "max_length": config.max_position_embeddings,
+            "num_labels": self.hparams["num_labels"],
+        }
 
     @override
     def configure_model(self) -> None:
@@ -143,7 +145,7 @@ class LlamaQLoRA(TextModule):
         require_memory(self._workload(), device)
         base = self._load(device)
         base.config.use_cache = False
-        self.network = adapted(base, self._adapters())
+        self.network = adapted(base, self.hparams)
         if self.hparams["gradient_checkpointing"]:
             enable_checkpointing(base)
         for parameter in self.network.parameters():
@@ -164,20 +166,6 @@ class LlamaQLoRA(TextModule):
             return load_base(self.hparams["checkpoint"], num_labels=labels, **settings)
         self.base_config.num_labels = labels
         return made_up_base(self.base_config, **settings)
-
-    def _adapters(self) -> Any:
-        from peft import LoraConfig
-
-        values = self.hparams
-        return LoraConfig(
-            r=values["rank"],
-            lora_alpha=values["alpha"],
-            lora_dropout=values["dropout"],
-            target_modules=values["target_modules"] or "all-linear",
-            use_rslora=values["rslora"],
-            use_dora=values["dora"],
-            task_type="CAUSAL_LM" if self.task == "causal_lm" else "SEQ_CLS",
-        )
 
     # ------------------------------------------------------------------ what is computed
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -253,37 +241,52 @@ class LlamaQLoRA(TextModule):
 
     # ------------------------------------------------------------------ checkpoints
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, and leave the frozen base out.
+    def state_dict(  # type: ignore[override]
+        self,
+        *,
+        destination: dict[str, Any] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+    ) -> dict[str, Any]:
+        """What is trained; the frozen base is left out, as it can be read again.
 
         Args:
-            checkpoint: Lightning's, changed in place.
+            destination: Where to put it; a new dictionary by default.
+            prefix: Of the names.
+            keep_vars: Whether to return the parameters themselves.
+
+        Returns:
+            Adapters, and the head of a classification, by name.
         """
-        held = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: held[name] for name in self._trained()}
+        found = {} if destination is None else destination
+        for name, parameter in self._trained().items():
+            found[prefix + name] = parameter if keep_vars else parameter.detach()
+        return found
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other adapters than these.
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Take up what `state_dict` gave; the base is loaded if it is not yet.
 
         Args:
-            checkpoint: Lightning's.
+            state_dict: By name.
+            strict: Whether names and shapes have to be those of this model.
+            assign: As in torch.
+
+        Returns:
+            As in torch, the names that are missing and unexpected.
 
         Raises:
             ConfigurationError: If names or shapes differ.
         """
         self.configure_model()
-        own = {name: p.shape for name, p in self._trained().items()}
-        held = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        if own != held:
-            wrong = sorted(n for n in own.keys() | held.keys() if own.get(n) != held.get(n))
-            raise ConfigurationError(
-                must="A checkpoint is loaded into adapters of the same layers and rank.",
-                found=f"{len(wrong)} of {len(own)} differ, the first is {wrong[0]}.",
-                cost="Part of the adapters would keep their initial weights.",
-                remedy="Give the model the arguments `rank`, `target_modules`, `dora` and `task` of "
-                "the run that wrote the checkpoint.",
-            )
+        own = self._trained()
+        if strict:
+            require_same(own, state_dict)
+        result: Any = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if name in own]
+        return result._replace(missing_keys=missing)
 
     def _trained(self) -> dict[str, Tensor]:
         self._loaded()
