@@ -197,6 +197,7 @@ def _without_noise_of_others() -> Iterator[None]:
             # What Lightning calls of newer versions of torch and jsonargparse.
             warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
             warnings.filterwarnings("ignore", "(?s).*(instantiate_classes|Jsonargparse)")
+            warnings.filterwarnings("ignore", ".*not supported by the model summary")
             yield
     finally:
         announcer.removeFilter(useful)
