@@ -152,18 +152,16 @@ def made_up_base(
     with torch.device("meta"):
         model: Any = kind.from_config(config)
     generator = torch.Generator(device).manual_seed(0)
-    shared: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if next(module.buffers(recurse=False), None) is not None:  # the rotary table
             model.set_submodule(name, type(module)(config).to(device))
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in shared:
-                made = _random_values(parameter, config, generator, dtype)
-                shared[id(parameter)] = nn.Parameter(made, requires_grad=False)
-            module.register_parameter(key, shared[id(parameter)])
+            made = _random_values(parameter, config, generator, dtype)
+            module.register_parameter(key, nn.Parameter(made, requires_grad=False))
         if quantization != "none" and isinstance(module, nn.Linear) and "layers." in name:
             model.set_submodule(name, _quantised(module, quantization, dtype))
+    model.tie_weights()
     model.is_loaded_in_4bit = quantization == "nf4"
     model.is_loaded_in_8bit = quantization == "int8"
     return _as_quantised(model)

@@ -318,7 +318,7 @@ class LlamaQLoRA(TextModule):
         """
         base = load_base(
             self._checkpoint("to merge the adapters into"),
-            task=self.task,
+            task=self.hparams["task"],
             num_labels=self.hparams["num_labels"],
             quantization="none",
             dtype=_DTYPES[dtype],

@@ -41,7 +41,7 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
         Cross entropies [B] in nats per token, float32 or better; 0 for a row without labels.
     """
     targets = _next_tokens(labels)
-    losses: Any = _TokenLosses.apply(logits.flatten(0, 1), targets.flatten())  # type: ignore[no-untyped-call]
+    losses: Any = _TokenLosses.apply(logits.flatten(0, 1), targets.flatten())
     return _mean_by_row(losses, targets)
 
 
@@ -66,9 +66,7 @@ def frozen_head_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor
         raise ValueError("the weight of the output layer is trainable: use example_losses")
     targets = _next_tokens(labels)
     learning = torch.is_grad_enabled() and hidden.requires_grad
-    losses: Any = _FrozenHeadLosses.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1), weight, targets.flatten(), learning
-    )
+    losses: Any = _FrozenHeadLosses.apply(hidden.flatten(0, 1), weight, targets.flatten(), learning)
     return _mean_by_row(losses, targets)
 
 
@@ -97,7 +95,7 @@ class _TokenLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, normaliser, targets = ctx.saved_tensors
         gradient = torch.empty_like(logits)
@@ -129,7 +127,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         # The product is taken in the wider type of the two, and rounded once.
