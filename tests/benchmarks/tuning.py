@@ -22,11 +22,10 @@ from lightning_privacy.data import SecretsCorpus, SyntheticSecrets
 from lightning_privacy.models import CausalLanguageModel
 
 EPSILON, DELTA = 3.0, 1e-5
-EPOCHS = 4
-RATES = (3e-3, 1e-2, 3e-2)
-BATCHES = (1024, 256, 64)
+RATES = (1e-2, 3e-2, 1e-1)
+BATCHES = (16, 64, 256)
 CLIPS = (0.01, 0.1, 1.0, 10.0)
-STEPS = (5, 10, 20, 40)
+STEPS = (20, 60, 180, 540)
 FIELDS = (
     "sweep",
     "expected_batch_size",
@@ -40,17 +39,17 @@ FIELDS = (
 Row = dict[str, float | str]
 
 
-def runs(size: int) -> Iterator[tuple[str, int, float, float, int]]:
+def runs() -> Iterator[tuple[str, int, float, float, int]]:
     """Every run: its sweep, logical batch, clip norm, learning rate and steps."""
+    for clip in CLIPS:
+        for rate in (3e-3, 1e-2, 3e-2):
+            yield "clip", 256, clip, rate, 36
     for batch in BATCHES:
         for rate in RATES:
-            yield "batch", batch, 1.0, rate, max(1, EPOCHS * size // batch)
-    for clip in CLIPS:
-        for rate in RATES:
-            yield "clip", 256, clip, rate, EPOCHS * size // 256
+            yield "batch", batch, 1.0, rate, 60
     for steps in STEPS:
         for rate in RATES:
-            yield "steps", 256, 1.0, rate, steps
+            yield "steps", 64, 1.0, rate, steps
 
 
 def train(
@@ -98,13 +97,12 @@ def train(
 
 def measure(path: Path) -> None:
     data = SyntheticSecrets(SecretsCorpus(n_users=1500), batch_size=64, max_length=64)
-    size = len(data.train_dataloader().dataset)
     done = [tuple(row[name] for name in FIELDS[:5]) for row in read(path)] if path.exists() else []
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if not done:
             writer.writeheader()
-        for run in runs(size):
+        for run in runs():
             if run not in done:
                 row = train(data, *run)
                 writer.writerow(row)
@@ -132,10 +130,17 @@ def lines(axes, rows: list[Row], across: str, by: str, label: str) -> None:
         color = plt.get_cmap("viridis")(number / max(1, len(values) - 1) * 0.9)
         places, losses = ([row[name] for row in own] for name in (across, "validation_loss"))
         axes.plot(places, losses, "o-", color=color, label=label.format(value), markersize=4)
-    axes.set_xscale("log")
+    ticks(axes, [row[across] for row in rows])
     axes.set_ylabel("validation loss (nats per byte)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def ticks(axes, values: list[float]) -> None:
+    """A logarithmic axis with a tick at each value."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+    axes.minorticks_off()
 
 
 def draw(out: Path) -> None:
@@ -147,14 +152,15 @@ def draw(out: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
     lines(left, ordinary["batch"], "expected_batch_size", "learning_rate", "learning rate {:g}")
-    left.set_xlabel("expected batch size, the same four passes over the data")
+    left.set_xlabel("expected batch size, 60 private steps")
     noise = {
         row["expected_batch_size"]: row["noise_multiplier"] / row["expected_batch_size"]
         for row in ordinary["batch"]
     }
     right.plot(list(noise), list(noise.values()), "o-")
-    right.set(xscale="log", yscale="log", xlabel="expected batch size")
-    right.set_ylabel("noise in the mean gradient (σ / B, in clip norms)")
+    right.set(ylim=(0, None), xlabel="expected batch size")
+    right.set_ylabel("noise in the mean gradient, σ / B")
+    ticks(right, list(noise))
     right.grid(alpha=0.3)
     save(figure, out / "tuning_batch")
 
@@ -163,13 +169,14 @@ def draw(out: Path) -> None:
     left.set_xlabel("clip norm")
     shares = {row["clip_norm"]: row["clipped_share"] for row in ordinary["clip"]}
     right.plot(list(shares), [100 * share for share in shares.values()], "o-")
-    right.set(xscale="log", xlabel="clip norm", ylabel="gradients that were clipped (%)")
+    right.set(xlabel="clip norm", ylabel="gradients that were clipped (%)")
+    ticks(right, list(shares))
     right.grid(alpha=0.3)
     save(figure, out / "tuning_clip")
 
     figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
     lines(axes, ordinary["steps"], "steps", "learning_rate", "learning rate {:g}")
-    axes.set_xlabel("private steps at the same ε")
+    axes.set_xlabel("private steps of 64 examples, at the same ε")
     save(figure, out / "tuning_steps")
 
 

@@ -108,8 +108,9 @@ def check_gradients(module, task, tolerance):
             assert expected.norm() > 0
 
 
-def test_checkpointing_and_dropout_are_on_in_training():
-    module = built(**EXACT, dropout=0.5)
+def test_checkpointing_and_dropout_are_on_in_training(checkpoint):
+    # A model that is read comes in evaluation mode.
+    module = built(checkpoint=checkpoint, config=None, **EXACT, dropout=0.5)
     assert all(part.training for part in module.modules())
     batch = batch_of(9, 5)
     assert not torch.equal(module.losses(batch), module.losses(batch))
