@@ -120,6 +120,7 @@ class PrivacyCLI(LightningCLI):
         """
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
+        _share_checkpoint(self.config[self.config.subcommand])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callback of the group ``privacy`` and no second one.
@@ -173,6 +174,15 @@ class PrivacyCLI(LightningCLI):
         return callback
 
 
+def _share_checkpoint(config: Any) -> None:
+    """Give data without a tokeniser that of the model's checkpoint: a user names it once."""
+    data, model = (config.get(f"{group}.init_args") for group in ("data", "model"))
+    if data is None or model is None or "tokenizer" not in data:
+        return
+    if data["tokenizer"] is None:
+        data["tokenizer"] = model.get("checkpoint")
+
+
 @contextmanager
 def _without_noise_of_others() -> Iterator[None]:
     """Leave out what a user of this program can do nothing about."""
@@ -187,6 +197,7 @@ def _without_noise_of_others() -> Iterator[None]:
             # What Lightning calls of newer versions of torch and jsonargparse.
             warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
             warnings.filterwarnings("ignore", "(?s).*(instantiate_classes|Jsonargparse)")
+            warnings.filterwarnings("ignore", ".*not supported by the model summary")
             yield
     finally:
         announcer.removeFilter(useful)

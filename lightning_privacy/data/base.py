@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -37,10 +37,14 @@ class Document:
     Args:
         user: Name of the user; two documents belong to one user where the names are equal.
         text: The text, any length.
+        prompt: What stands before the text and is given, not learnt; may be empty.
+        label: The number of its class, for a classification.
     """
 
     user: str
     text: str
+    prompt: str = ""
+    label: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,8 @@ class PadOnTheRight:
             rows: At least one item of :class:`TokenisedDocuments`.
 
         Returns:
-            ``input_ids``, ``labels``, ``attention_mask``: int64 tensors of shape [B, T].
+            ``input_ids``, ``labels``, ``attention_mask``: int64 tensors of shape [B, T]; of a
+            classification, ``labels`` [B].
         """
         width = self.length or max(len(row["input_ids"]) for row in rows)
         fill = {"input_ids": self.pad_id, "labels": IGNORED_LABEL, "attention_mask": 0}
@@ -88,12 +93,18 @@ class PadOnTheRight:
         }
         for index, row in enumerate(rows):
             for key, tensor in batch.items():
-                tensor[index, : len(row[key])] = row[key]
+                if row[key].dim():
+                    tensor[index, : len(row[key])] = row[key]
+        if not rows[0]["labels"].dim():
+            batch["labels"] = torch.stack([row["labels"] for row in rows])
         return batch
 
 
 class TokenisedDocuments(Dataset[dict[str, "torch.Tensor"]]):
     """Documents as token rows, each cut at ``max_length``.
+
+    The labels of a prompt are −100. A prompt and a text that are too long together share the row:
+    the text keeps at least half of it, and of the prompt its end is kept.
 
     Args:
         documents: What to tokenise; one item per document, in this order.
@@ -105,36 +116,60 @@ class TokenisedDocuments(Dataset[dict[str, "torch.Tensor"]]):
         self, documents: Sequence[Document], tokenizer: Tokenizer, max_length: int
     ) -> None:
         self.users: tuple[str, ...] = tuple(document.user for document in documents)
-        self._rows = [
-            np.asarray(tokenizer.encode(document.text)[:max_length], dtype=np.int32)
-            for document in documents
-        ]
+        self._rows: list[np.ndarray] = []
+        self._given: list[int] = []
+        for document in documents:
+            prompt, text = tokenizer.encode_pair(document.prompt, document.text)
+            room = max(max_length - len(text), max_length // 2)
+            prompt = [*prompt[:1], *prompt[1:][max(0, len(prompt) - room) :]]
+            self._rows.append(np.asarray([*prompt, *text][:max_length], dtype=np.int32))
+            self._given.append(len(prompt) if document.prompt else 0)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids = torch.from_numpy(self._rows[index].astype(np.int64))
-        return {
-            "input_ids": ids,
-            "labels": ids.clone(),
-            "attention_mask": torch.ones_like(ids),
-        }
+        labels = ids.clone()
+        labels[: self._given[index]] = IGNORED_LABEL
+        return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-class CausalTextDataModule(LightningDataModule):
+class LabelledDocuments(TokenisedDocuments):
+    """Documents as token rows with a class each: ``labels`` is its number, without a dimension.
+
+    Args:
+        documents: What to tokenise; one item per document, in this order.
+        tokenizer: How to tokenise it.
+        max_length: Longest row in tokens, at least 2.
+    """
+
+    def __init__(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, max_length: int
+    ) -> None:
+        super().__init__(documents, tokenizer, max_length)
+        self._labels = [document.label for document in documents]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**super().__getitem__(index), "labels": torch.tensor(self._labels[index])}
+
+
+class DocumentDataModule(LightningDataModule):
     """Train and validation loaders over a corpus of documents.
 
     Args:
         batch_size: Rows in one physical batch, at least 1.
         max_length: Longest row in tokens, at least 2; the rest of a longer document is dropped.
         padding: ``"longest"`` pads a batch to its longest row, ``"max_length"`` to that length.
-        tokenizer: ``"byte"``, or a local folder that holds a Hugging Face tokeniser.
+        tokenizer: ``"byte"``, or a folder or hub id that holds a Hugging Face tokeniser.
         num_workers: Processes that load batches.
 
     Raises:
         ConfigurationError: If a number is out of its range.
     """
+
+    # What the items of its data sets are.
+    items: ClassVar[type[TokenisedDocuments]] = TokenisedDocuments
 
     def __init__(
         self,
@@ -200,9 +235,9 @@ class CausalTextDataModule(LightningDataModule):
             return
         split = self.split()
         _refuse_an_empty_side(split)
-        self.train_documents = TokenisedDocuments(split.train, self.tokenizer, self.max_length)
-        self.validation_documents = TokenisedDocuments(
-            split.validation, self.tokenizer, self.max_length
+        self.train_documents, self.validation_documents = (
+            self.items(documents, self.tokenizer, self.max_length)
+            for documents in (split.train, split.validation)
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -239,6 +274,20 @@ class CausalTextDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             collate_fn=PadOnTheRight(self.tokenizer.pad_id, length),
         )
+
+
+class CausalTextDataModule(DocumentDataModule):
+    """A corpus whose every next token is to be predicted: a :class:`DocumentDataModule` of texts.
+
+    Args:
+        batch_size: As there.
+        max_length: As there.
+        padding: As there.
+        tokenizer: As there.
+        num_workers: As there.
+    """
+
+    task = "causal_lm"
 
 
 def _refuse_an_empty_side(split: Split) -> None:

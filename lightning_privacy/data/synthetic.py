@@ -232,7 +232,7 @@ class SyntheticSecrets(CausalTextDataModule):
         batch_size: Rows in one physical batch, at least 1.
         max_length: Longest row in tokens, at least 2.
         padding: ``"longest"`` pads a batch to its longest row, ``"max_length"`` to that length.
-        tokenizer: ``"byte"``, or a local folder that holds a Hugging Face tokeniser.
+        tokenizer: ``"byte"``, or a folder or hub id that holds a Hugging Face tokeniser.
         num_workers: Processes that load batches.
 
     Raises:

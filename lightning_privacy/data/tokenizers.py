@@ -1,11 +1,10 @@
-"""From texts to integers and back, without a network."""
+"""From texts to integers and back."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lightning_privacy.errors import ConfigurationError
+from lightning_privacy.hub import read_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +26,14 @@ class Tokenizer(Protocol):
 
         Args:
             text: Any text.
+        """
+
+    def encode_pair(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """Turn a prompt and the text behind it into integers, between the marks of both ends.
+
+        Args:
+            prompt: What is given; may be empty.
+            text: What follows.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -58,7 +65,22 @@ class ByteTokenizer:
         Returns:
             Integers from 0 to 257, two more than the text has bytes.
         """
-        return [self.begin_id, *text.encode("utf-8", errors="surrogatepass"), self.end_id]
+        prompt, rest = self.encode_pair("", text)
+        return [*prompt, *rest]
+
+    def encode_pair(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """Turn a prompt and the text behind it into bytes, between the marks of begin and end.
+
+        Args:
+            prompt: What is given; may be empty.
+            text: What follows.
+
+        Returns:
+            The bytes of both, the first led by the mark of begin, the second followed by that of
+            end.
+        """
+        given, rest = (part.encode("utf-8", errors="surrogatepass") for part in (prompt, text))
+        return [self.begin_id, *given], [*rest, self.end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn integers back into the text; the marks are dropped.
@@ -73,34 +95,18 @@ class ByteTokenizer:
 
 
 class PretrainedTokenizer:
-    """A Hugging Face tokeniser from a local folder; nothing is downloaded.
+    """The Hugging Face tokeniser of a checkpoint.
 
     Args:
-        path: Folder that ``save_pretrained`` wrote.
+        checkpoint: Folder that ``save_pretrained`` wrote, or an id at the hub. What is sent there
+            is the id alone, never a text.
 
     Raises:
-        ConfigurationError: If the folder does not exist or holds no tokeniser.
+        ConfigurationError: If there is no such folder, it holds no tokeniser, or the hub refuses.
     """
 
-    def __init__(self, path: str) -> None:
-        if not Path(path).is_dir():
-            raise ConfigurationError(
-                must="`tokenizer` is 'byte' or a local folder that holds a Hugging Face tokeniser.",
-                found=f"'{path}' is no folder.",
-                cost="Nothing is downloaded during a private run, so there is no text to train on.",
-                remedy="Save the tokeniser with `save_pretrained` and give that folder.",
-            )
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigurationError(
-                must="The folder given as `tokenizer` holds a Hugging Face tokeniser.",
-                found=f"'{path}' could not be read as one: {error}",
-                cost="There is no text to train on.",
-                remedy="Save the tokeniser with `save_pretrained` and give that folder.",
-            ) from error
+    def __init__(self, checkpoint: str) -> None:
+        self._tokenizer = read_tokenizer(checkpoint)
         self._begin = self._tokenizer.bos_token_id
         self._end = self._tokenizer.eos_token_id
 
@@ -125,10 +131,26 @@ class PretrainedTokenizer:
         Returns:
             The tokens.
         """
-        ids = self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+        prompt, rest = self.encode_pair("", text)
+        return [*prompt, *rest]
+
+    def encode_pair(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """Turn a prompt and the text behind it into tokens, between the tokeniser's own marks.
+
+        Args:
+            prompt: What is given; may be empty.
+            text: What follows.
+
+        Returns:
+            The tokens of both, each tokenised by itself.
+        """
         begin = [] if self._begin is None else [self._begin]
         end = [] if self._end is None else [self._end]
-        return [*begin, *ids, *end]
+        return [*begin, *self._tokens(prompt)], [*self._tokens(text), *end]
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn tokens back into the text; special tokens are dropped.
@@ -146,12 +168,12 @@ def tokenizer_for(name: str) -> Tokenizer:
     """Make the tokeniser that a recipe names.
 
     Args:
-        name: ``"byte"``, or a local folder that holds a Hugging Face tokeniser.
+        name: ``"byte"``, or a checkpoint as for :class:`PretrainedTokenizer`.
 
     Returns:
         The tokeniser.
 
     Raises:
-        ConfigurationError: If the folder does not exist or holds no tokeniser.
+        ConfigurationError: As :class:`PretrainedTokenizer`.
     """
     return ByteTokenizer() if name == "byte" else PretrainedTokenizer(name)

@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-import torch.nn.functional as F
-from lightning import LightningModule
-from torch.optim.lr_scheduler import LambdaLR
+from typing import TYPE_CHECKING
 
 from lightning_privacy.errors import ConfigurationError
+from lightning_privacy.models.base import Schedule, TextModule, enable_checkpointing
+from lightning_privacy.models.losses import example_losses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-IGNORED_LABEL = -100
 
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute each example's mean loss per predicted token.
-
-    Row i depends on row i alone: it is divided by its own number of labels. (The mean over all
-    labels of a batch, usual for language models, divides by what the *other* rows hold, and then
-    one example can move another one's gradient.)
-
-    Args:
-        logits: Scores [B, T, vocabulary]; position t predicts the token at t + 1.
-        labels: Tokens [B, T], −100 where nothing is to be predicted.
-
-    Returns:
-        Cross entropies [B] in nats per token, float32; 0 for a row without labels.
-    """
-    # Shifting the labels, not the scores, saves a copy of the largest tensor of the model.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(),
-        targets.flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="none",
-    ).view(targets.shape)
-    return losses.sum(dim=1) / (targets != IGNORED_LABEL).sum(dim=1).clamp(min=1)
-
-
-class CausalLanguageModel(LightningModule):
+class CausalLanguageModel(TextModule):
     """A Llama of any size, trained from random weights with AdamW.
 
     The loss is the mean over the examples of each example's own mean per token. It logs
@@ -92,7 +60,7 @@ class CausalLanguageModel(LightningModule):
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, weight_decay, betas, schedule, warmup_steps)
         self.save_hyperparameters()
         _require_fitting_heads(hidden_size, num_heads, num_key_value_heads)
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -114,12 +82,12 @@ class CausalLanguageModel(LightningModule):
         )
         self.language_model = LlamaForCausalLM(config)
         if gradient_checkpointing:
-            _enable_checkpointing(self.language_model)
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.schedule: Schedule = schedule
-        self.warmup_steps = warmup_steps
+            enable_checkpointing(self.language_model)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The size of the vocabulary and the longest row."""
+        return {name: self.hparams[name] for name in ("vocab_size", "max_length")}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Score every next token.
@@ -144,134 +112,6 @@ class CausalLanguageModel(LightningModule):
             Cross entropies [B] in nats per token.
         """
         return example_losses(self(batch), batch["labels"])
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Compute the mean over the examples of each one's own loss.
-
-        Args:
-            batch: ``input_ids`` and ``labels`` [B, T].
-            batch_idx: Lightning's signature; not used.
-
-        Returns:
-            The loss, a scalar.
-        """
-        return self._mean_loss("train_loss", batch)
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log the mean loss of the validation examples.
-
-        Args:
-            batch: ``input_ids`` and ``labels`` [B, T].
-            batch_idx: Lightning's signature; not used.
-        """
-        self._mean_loss("val_loss", batch)
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log the mean loss of the test examples.
-
-        Args:
-            batch: ``input_ids`` and ``labels`` [B, T].
-            batch_idx: Lightning's signature; not used.
-        """
-        self._mean_loss("test_loss", batch)
-
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Compute each example's own loss.
-
-        Args:
-            batch: ``input_ids`` and ``labels`` [B, T].
-            batch_idx: Lightning's signature; not used.
-
-        Returns:
-            Cross entropies [B] in nats per token.
-        """
-        return self.losses(batch)
-
-    def configure_optimizers(self) -> Any:
-        """Set up AdamW, with a schedule by optimizer step unless it is constant.
-
-        Returns:
-            The optimizer, or Lightning's dictionary of optimizer and schedule.
-        """
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.parameters() if parameter.requires_grad],
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
-        )
-        if self.schedule == "constant" and self.warmup_steps == 0:
-            return optimizer
-        steps = self._planned_steps() if self.schedule != "constant" else 0
-
-        def factor(step: int) -> float:
-            return learning_rate_factor(step, self.schedule, self.warmup_steps, steps)
-
-        by_step = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": by_step}
-
-    def setup(self, stage: str) -> None:
-        """Refuse a tokeniser or rows that do not fit the model.
-
-        Args:
-            stage: Lightning's stage; checked in every stage.
-
-        Raises:
-            ConfigurationError: If the data module has more tokens or longer rows than the model.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        for name in ("vocab_size", "max_length"):
-            needed, own = getattr(data, name, None), self.hparams[name]
-            if isinstance(needed, int) and needed > own:
-                raise ConfigurationError(
-                    must=f"The model's `{name}` is at least the data's.",
-                    found=f"The model has {own}, the data {needed}.",
-                    cost="The model could not read some of the rows.",
-                    remedy=f"Set `model.{name}` to {needed}.",
-                )
-
-    def _mean_loss(self, name: str, batch: Mapping[str, Tensor]) -> Tensor:
-        loss = self.losses(batch).mean()
-        self.log(name, loss, prog_bar=name == "val_loss")
-        return loss
-
-    def _planned_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ConfigurationError(
-                must=f"The schedule '{self.schedule}' knows the number of steps beforehand.",
-                found="Neither `max_steps` nor `max_epochs` of the Trainer is set.",
-                cost="The learning rate has no end to fall to.",
-                remedy="Set `trainer.max_steps`, or use the schedule 'constant'.",
-            )
-        return int(steps)
-
-
-def learning_rate_factor(step: int, schedule: Schedule, warmup_steps: int, steps: int) -> float:
-    """Compute the share of the peak learning rate at one step.
-
-    Args:
-        step: Optimizer steps done, from 0.
-        schedule: What happens after the warm-up.
-        warmup_steps: Steps until the peak.
-        steps: All steps; not used by ``"constant"``.
-
-    Returns:
-        From 0 to 1.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    if schedule == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _enable_checkpointing(model: Any) -> None:
-    # The newer name; older versions of transformers know the other one only.
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    (newer or model.gradient_checkpointing_enable)()
 
 
 def _require_fitting_heads(hidden_size: int, num_heads: int, num_key_value_heads: int) -> None:

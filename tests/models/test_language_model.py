@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning_privacy.data import SecretsCorpus, SyntheticSecrets
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.models import CausalLanguageModel, example_losses
-from lightning_privacy.models.language_model import learning_rate_factor
+from lightning_privacy.models.base import learning_rate_factor
 
 pytest.importorskip("transformers")
 

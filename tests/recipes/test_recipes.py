@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from lightning_privacy.cli import main
 from lightning_privacy.cli.planning import _plan_of_recipe
-from lightning_privacy.cli.training import PrivacyCLI
+from lightning_privacy.cli.training import PrivacyCLI, read_recipe
+from tests.models.checkpoints import write_checkpoint
 
-pytest.importorskip("transformers")
+for package in ("transformers", "peft", "bitsandbytes", "datasets"):
+    pytest.importorskip(package)
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +38,33 @@ FEW_USERS = [
     "--data.embedded.docs_per_user=40",
     "--trainer.max_steps=2",
 ]
+# What a user types for these, and a size that a CPU does in seconds.
+LLAMA = [
+    "--data.batch_size=4",
+    "--data.max_length=32",
+    "--data.val_fraction=0.3",
+    "--data.num_workers=0",
+    "--privacy.expected_batch_size=8",
+    "--privacy.delta=1.0e-3",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.accelerator=cpu",
+]
 TINY = {
+    "llama7b/qlora_8gb.yaml": LLAMA,
+    "llama7b/qlora_12gb.yaml": LLAMA,
+    "llama7b/qlora_24gb.yaml": LLAMA,
+    "llama7b/classify.yaml": LLAMA,
+    "llama7b/pretrain_1b.yaml": [
+        *LLAMA,
+        "--model.hidden_size=16",
+        "--model.num_layers=1",
+        "--model.num_heads=2",
+        "--model.num_key_value_heads=1",
+        "--model.intermediate_size=32",
+        "--model.vocab_size=300",
+    ],
     "quickstart.yaml": [*SMALL_MODEL, "--data.embedded.n_users=60", "--trainer.max_epochs=1"],
     "user_level/users.yaml": FEW_USERS,
     "user_level/examples.yaml": FEW_USERS,
@@ -42,12 +72,33 @@ TINY = {
 }
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """The folder of a small Llama with its tokeniser."""
+    return write_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT / "recipes"))
 
 
+@pytest.fixture
+def given(checkpoint, folder):
+    """By recipe, what a user has to type besides the recipe itself."""
+    rows = [{"text": f"text {i}.", "user": f"user {i % 9}", "label": str(i % 2)} for i in range(60)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = [f"--model.checkpoint={checkpoint}", f"--data.path={path}"]
+    names = [name for name in TINY if name.startswith("llama7b")]
+    return {
+        **dict.fromkeys(TINY, []),
+        **dict.fromkeys(names, both),
+        "llama7b/pretrain_1b.yaml": [both[1], f"--data.tokenizer={checkpoint}"],
+    }
+
+
 def test_there_are_recipes_and_each_has_a_small_size():
-    assert set(map(name_of, RECIPES)) == set(TINY)
+    assert {name_of(path) for path in RECIPES} == set(TINY)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -86,9 +137,10 @@ def test_a_recipe_is_explained(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_recipe_runs(path, folder, capsys, monkeypatch):
+def test_a_recipe_runs(path, folder, given, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    assert main(["fit", "--config", str(path), *TINY[name_of(path)]]) == 0
+    words = ["fit", "--config", str(path), *given[name_of(path)], *TINY[name_of(path)]]
+    assert main(words) == 0
     shown = capsys.readouterr().out
     assert "epsilon spent" in shown
     compared = yaml.safe_load(path.read_text()).get("compare_without_privacy", False)
@@ -96,7 +148,16 @@ def test_a_recipe_runs(path, folder, capsys, monkeypatch):
     assert list(folder.rglob("metrics.csv"))
     assert list(folder.rglob("*.ckpt"))
     # Once more in the same folder: nothing of the first run is in the way.
-    assert main(["fit", "--config", str(path), *TINY[name_of(path)]]) == 0
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("name", sorted(name for name in TINY if name.startswith("llama7b/q")))
+def test_two_words_are_all_that_a_user_types(name, given, checkpoint, monkeypatch):
+    """The data take the model's tokeniser; the plan needs no more and loads no model."""
+    monkeypatch.setattr("lightning_privacy.models.LlamaQLoRA.configure_model", None)
+    recipe = read_recipe(["--config", str(ROOT / "recipes" / name), *given[name]])
+    assert recipe.data.vocab_size == len(AutoTokenizer.from_pretrained(checkpoint))
+    assert len(recipe.train_dataloader().dataset) > 40
 
 
 @pytest.mark.slow
