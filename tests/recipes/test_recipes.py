@@ -91,7 +91,7 @@ def given(checkpoint, folder):
     both = [f"--model.checkpoint={checkpoint}", f"--data.path={path}"]
     names = [name for name in TINY if name.startswith("llama7b")]
     return {
-        **dict.fromkeys(TINY, []),
+        **{name: [] for name in TINY},
         **dict.fromkeys(names, both),
         "llama7b/pretrain_1b.yaml": [both[1], f"--data.tokenizer={checkpoint}"],
     }
