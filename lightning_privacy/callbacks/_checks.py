@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_privacy.callbacks._probe import LossProbe, attributes_kept
+from lightning_privacy.callbacks._probe import ROWS, LossProbe, attributes_kept
 from lightning_privacy.clipping.checks import check_independence, learn
 from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.pairs import PairCheck
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _NEGLIGIBLE = 1e-3
 # The automatic rule scales up what is shorter than the clip norm, but for its stability constant.
 _NEGLIGIBLE_IF_NORMALISED = 1e-5
+# Parameters, frozen ones too, from which on a check's memory shows beside the training's.
+_LARGE = 10**8
 
 
 class RowChecks:
@@ -67,13 +69,20 @@ class RowChecks:
             return self._layouts
         with attributes_kept(self._module), preserved_state(self._module):
             probe = LossProbe(self._trainer, loader, self._run)
-            rows = probe.rows() if checks else [0]
+            rows = probe.rows(self._most_rows()) if checks else [0]
             self._layouts = learn(self._module, self._parameters, probe, rows[0])
             if checks:
                 self._compare(probe, rows)
                 # Later on nothing can be mixed where rows are computed one by one.
                 self._run.recheck = None if one_by_one else self.again
         return self._layouts
+
+    def _most_rows(self) -> int:
+        """Of a large model, half a physical batch: a check holds the gradients of two batches."""
+        loader = self._run.loader
+        assert loader is not None
+        size = sum(parameter.numel() for parameter in self._module.parameters())
+        return ROWS if size < _LARGE else min(ROWS, max(2, (loader.batch_size or 1) // 2))
 
     def again(self, *arguments: Any) -> None:
         """Check two fresh rows; what random operations give changes from time to time.

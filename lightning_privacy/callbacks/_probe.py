@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_privacy.sampling import PrivateLoader
     from lightning_privacy.strategies import PrivateRun
 
-_ROWS = 8
+ROWS = 8
 # So many times as many rows are looked at, to find some that differ in labels and lengths.
 _CANDIDATES = 4
 
@@ -55,18 +55,18 @@ class LossProbe:
         self._samples: dict[int, Any] = {}
         self.full_precision = False
 
-    def rows(self, most: int = _ROWS) -> list[int]:
+    def rows(self, most: int = ROWS) -> list[int]:
         """Some rows of the data set that differ in labels, lengths and paddings, if any do.
 
         Args:
             most: How many, at most.
 
         Returns:
-            Positions, drawn afresh for each check, and no more than two or half a physical batch:
-            a check holds the gradients of two batches. Fewer in a data set of fewer rows.
+            Positions, drawn afresh for each check, and no more than two or a physical batch, so
+            that they fit into memory; fewer in a data set of fewer rows.
         """
         size = len(self._loader.dataset)  # type: ignore[arg-type]
-        count = min(most, size, max(2, (self._loader.batch_size or 1) // 2))
+        count = min(most, size, max(2, self._loader.batch_size or 1))
         candidates = secrets.SystemRandom().sample(range(size), min(size, _CANDIDATES * count))
         try:
             traits = [_traits(self._collated([row])) for row in candidates]

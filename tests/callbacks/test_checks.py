@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.callbacks._probe import LossProbe, _most_different, attributes_kept
 from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.strategies.draw import Repeats
@@ -308,3 +310,15 @@ def test_what_a_step_writes_into_its_batch_stays_there() -> None:
     )
     probe._collated([0])[0][0].zero_()
     assert probe._collated([0])[0][0].any()
+
+
+@pytest.mark.parametrize(("batch_size", "large", "most"), [(8, 0, 4), (1, 0, 2), (64, 0, 8)])
+def test_large_models_are_checked_on_fewer_rows(
+    batch_size: int, large: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = SimpleNamespace(loader=SimpleNamespace(batch_size=batch_size))
+    trainer = SimpleNamespace(lightning_module=nn.Linear(2, 2))
+    checks = RowChecks(None, trainer, run, {})  # type: ignore[arg-type]
+    assert checks._most_rows() == 8
+    monkeypatch.setattr("lightning_privacy.callbacks._checks._LARGE", large)
+    assert checks._most_rows() == most
