@@ -46,8 +46,9 @@ if TYPE_CHECKING:
     from lightning_privacy.types import LossReduction
 
 
-# Small parameters share one draw of noise, up to so many elements; a larger one has its own.
-_SMALL, _BUNDLE = 2**20, 2**26
+# Small parameters share one draw of noise, up to so many elements; a larger one has its own. On the
+# CPU, where a draw costs less than a copy, fewer are small.
+_SMALL, _SMALL_ON_CPU, _BUNDLE = 2**20, 2**16, 2**26
 
 
 class StepStatistics:
@@ -306,7 +307,8 @@ class PrivateStep:
         bundles: dict[tuple[torch.device, torch.dtype, int], list[str]] = {}
         filled = 0
         for name, parameter in chosen.items():
-            if parameter.numel() > _SMALL:
+            small = _SMALL_ON_CPU if parameter.device.type == "cpu" else _SMALL
+            if parameter.numel() > small:
                 yield (name,)
                 continue
             filled += parameter.numel()
