@@ -25,7 +25,7 @@ from lightning_privacy.callbacks import _planning, _state, differential_privacy
 from lightning_privacy.clipping.norms import FlatClipping, clipping_rule
 from lightning_privacy.noise import GaussianNoise, secret_from_seed
 from lightning_privacy.plan import PrivacyPlan
-from lightning_privacy.sampling import PoissonSampler, loader, micro_batches
+from lightning_privacy.sampling import PoissonSampler, micro_batches, poisson
 from lightning_privacy.step import PrivateStep
 
 Audited = Callable[..., Any]
@@ -141,7 +141,7 @@ def the_last_micro_batch_is_dropped() -> Iterator[Audited]:
         parts = micro_batches(draw, size)
         return parts[: max(1, len(parts) - 1)]
 
-    with patched(loader, "micro_batches", cut) as audited:
+    with patched(poisson, "micro_batches", cut) as audited:
         yield audited
 
 
