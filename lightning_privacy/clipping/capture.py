@@ -95,7 +95,7 @@ class Capture:
         self._expected: dict[str, torch.dtype] = {}
         self._anchors: dict[torch.device, Tensor] = {}
         self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._last_input: tuple[Tensor, Tensor] | None = None
+        self._last_input: tuple[Tensor, tuple[int, torch.dtype], Tensor] | None = None
 
     # ------------------------------------------------------------------ life of a capture
     def open(self) -> None:
@@ -247,15 +247,16 @@ class Capture:
         """An activation in ``dtype``; layers that read the same one share the copy."""
         if tensor.dtype == dtype:
             return tensor
-        if self._last_input is None or self._last_input[0] is not tensor:
-            self._last_input = tensor, tensor.to(dtype)
-        return self._last_input[1]
+        known, last = (tensor._version, dtype), self._last_input
+        # A tensor that was written to since is another activation.
+        if last is None or last[0] is not tensor or last[1] != known:
+            last = self._last_input = tensor, known, tensor.to(dtype)
+        return last[2]
 
     # ------------------------------------------------------------------ what backward delivers
     def add_outer(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """Gradient ``left^T right`` per row, in the cheaper of its two forms."""
-        if not self.armed:
-            self._require_armed(slot)
+        self._require_armed(slot)
         if not self.instantiates(left, left.shape[1], left.shape[2], right.shape[2]):
             slot.contributions.append(Outer(left.detach(), right.detach()))
             return
@@ -331,8 +332,3 @@ def _require_plain(name: str, parameter: nn.Parameter) -> None:
             cost="its operations could not be seen, so its gradient could not be clipped",
             remedy="run a lazy module once before training, or freeze a quantised parameter",
         )
-
-
-def leaves_of(args: object) -> list[object]:
-    """The flattened arguments of a call."""
-    return tree_flatten(args)[0]

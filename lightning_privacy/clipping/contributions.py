@@ -190,25 +190,24 @@ def outer_norm(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
 
 def squared_norms(
     found: Mapping[str, list[Contribution]],
-) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+) -> Iterator[Tensor]:
     """Squared norms ``[U]`` of (combined) contributions, of several parameters where that is less.
 
     Dense layers that read the same input (queries, keys and values) share its Gram matrix.
 
     Yields:
-        Names of parameters, and the squared norm over all of them.
+        Squared norms over parts of the parameters, which add up to those over all of them.
     """
-    sharing: dict[tuple[object, ...], list[str]] = {}
-    for name, items in found.items():
+    sharing: dict[tuple[object, ...], list[Outer]] = {}
+    for items in found.values():
         if len(items) == 1 and isinstance(items[0], Outer):
             right = items[0].right
             key = right.data_ptr(), right.shape, right.stride(), right.dtype, right.device
-            sharing.setdefault(key, []).append(name)
+            sharing.setdefault(key, []).append(items[0])
         else:
-            yield (name,), squared_norm(items)
-    for names in sharing.values():
-        outers = [item for name in names for item in found[name] if isinstance(item, Outer)]
-        yield tuple(names), outer_norm([item.left for item in outers], outers[0].right)
+            yield squared_norm(items)
+    for outers in sharing.values():
+        yield outer_norm([item.left for item in outers], outers[0].right)
 
 
 def squared_norm(contributions: list[Contribution]) -> Tensor:

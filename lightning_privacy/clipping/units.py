@@ -178,7 +178,7 @@ def _group_norms(
     for name, items in gathered.items():
         by_group.setdefault(rule.group_of(name), {})[name] = items
     for group, members in by_group.items():
-        for _, norm in squared_norms(members):
+        for norm in squared_norms(members):
             totals = totals.to(torch.promote_types(totals.dtype, norm.dtype))
             totals[group] += norm
     return totals * scale.to(totals.dtype).square()

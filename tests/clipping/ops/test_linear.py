@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_privacy.clipping import per_example_gradients
@@ -123,3 +123,20 @@ def test_rows_and_a_constant_of_equal_shape_are_refused() -> None:
     with pytest.raises(UnsupportedOperationError, match="linear on layer.weight") as caught:
         per_example_gradients(model, squares, numbers(B, 6))
     assert "expand a constant" in caught.value.remedy
+
+
+def test_an_input_that_is_written_to_between_two_layers_is_cast_again() -> None:
+    def forward(m: Sketch, x: Tensor) -> Tensor:
+        x = x * 1.0
+        with torch.autocast("cpu", torch.bfloat16):
+            first = m.first(x)
+            with torch.no_grad():
+                x.add_(1.0)
+            return first.float() + m.second(x).float()
+
+    model = Sketch(forward, first=nn.Linear(3, 4), second=nn.Linear(3, 4))
+    batch = numbers(B, 5, 3)
+    found = per_example_gradients(model, squares, batch)
+    expected = loop_gradients(model, squares, batch)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].float(), gradient, rtol=0.05, atol=1e-2)
