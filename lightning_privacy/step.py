@@ -32,7 +32,7 @@ from lightning_privacy.clipping.norms import ClippingRule, clipping_rule
 from lightning_privacy.clipping.open_unit import OpenUnit
 from lightning_privacy.clipping.probe import learn_layouts
 from lightning_privacy.clipping.tiers import TieredClipping
-from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
+from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum, sent
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class PrivateStep:
     ) -> None:
         rule: ClippingRule = self._rule
         if self._rows is not None and self._rows.clip_shares is not None:
-            shares = torch.tensor(self._rows.clip_shares, device=units.scale.device)
+            shares = sent(torch.tensor(self._rows.clip_shares), units.scale.device)
             rule = TieredClipping(rule, shares)
         part = clipped_sum(found, self.parameters, units, rule, buffer, self._share)
         for name, gradient in part.gradients.items():
@@ -362,17 +362,13 @@ class PrivateStep:
         self.layouts = learn_layouts(self.parameters, forward)
 
     def _units(self) -> Units:
-        device = next(iter(self.parameters.values())).device
-        weights = torch.tensor(self._weights, device=device)
-        scale = float(len(self._weights)) if self._loss_reduction == "mean" else 1.0
-        if self._rows is None:
-            return Units.rows(weights, scale)
-        index = torch.tensor(self._rows.index, device=device)
-        sizes = torch.tensor(self._rows.sizes, device=device)[index]
-        # In float64: thirds must not cost a float64 gradient its last digits.
-        return Units(
-            count=len(self._rows.sizes), scale=weights * scale / sizes.double(), index=index
-        )
+        weights = torch.tensor(self._weights)
+        scale = float(len(weights)) if self._loss_reduction == "mean" else 1.0
+        units = Units.rows(weights, scale)
+        if self._rows is not None:
+            index, sizes = torch.tensor(self._rows.index), torch.tensor(self._rows.sizes)
+            units = Units.segments(index, weights * scale, sizes)
+        return units.to(next(iter(self.parameters.values())).device)
 
     def _chosen(self, parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
         chosen = {}

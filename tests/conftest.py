@@ -29,6 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 SET_BY_OTHERS = frozenset(
     {
         "CUBLAS_WORKSPACE_CONFIG",
+        "CUDA_DEVICE_ORDER",
         "KMP_DUPLICATE_LIB_OK",
         "KMP_INIT_AT_FORK",
         "PYTEST_CURRENT_TEST",

@@ -83,6 +83,11 @@ def gram(tensor: Tensor) -> Tensor:
     return _gram([tensor], every, every)
 
 
+def skips_zeros(rows: Tensor) -> bool:
+    """Whether `weighted_rows` does not even read what has a coefficient of zero, NaN or not."""
+    return kernels.serve(rows)
+
+
 def weighted_rows(coefficients: Tensor, rows: Tensor) -> Tensor:
     """``sum_u coefficients[u] * rows[u]`` of ``rows [U, n]``, in float32 or better."""
     if kernels.serve(rows):

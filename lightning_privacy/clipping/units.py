@@ -18,13 +18,16 @@ from lightning_privacy.clipping.contributions import (
     Outer,
     squared_norms,
 )
-from lightning_privacy.clipping.products import full_precision
+from lightning_privacy.clipping.products import full_precision, skips_zeros
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lightning_privacy.clipping.buffer import RowBuffer
     from lightning_privacy.clipping.norms import ClippingRule
+
+# So many sums keep a GPU busy until the next ones come.
+_AHEAD = 16
 
 # Stands for all parameters in the buffer; no parameter has an empty name.
 _BUFFER = ""
@@ -39,11 +42,15 @@ class Units:
         scale: ``[B]`` what a row's captured gradient is multiplied by: 0 for rows that only fill
             the batch, and otherwise what undoes the loss's mean and takes the unit's own mean.
         index: ``[B]`` the unit of each row; None when each row is a unit of its own.
+        places: ``[B]`` where each row lies when every unit is padded to ``most`` rows.
+        most: the most rows of a unit.
     """
 
     count: int
     scale: Tensor
     index: Tensor | None = None
+    places: Tensor | None = None
+    most: int = 1
 
     @classmethod
     def rows(cls, weights: Tensor, reduction_scale: float) -> Units:
@@ -51,11 +58,37 @@ class Units:
         return cls(count=len(weights), scale=weights * reduction_scale)
 
     @classmethod
-    def segments(cls, index: Tensor, reduction_scale: float) -> Units:
-        """``index [B]``: each row's unit, 0 to U-1; a unit's gradient is its rows' mean."""
-        sizes = torch.bincount(index)
+    def segments(
+        cls, index: Tensor, weights: Tensor | float = 1.0, sizes: Tensor | None = None
+    ) -> Units:
+        """Units of several rows; a unit's gradient is its rows' mean.
+
+        Args:
+            index: ``[B]``: each row's unit, 0 to U-1.
+            weights: what a row's gradient is multiplied by before the mean; ``[B]`` or for all.
+            sizes: ``[U]`` over how many rows to take the mean; None for those that are here.
+        """
+        here = (
+            torch.bincount(index) if sizes is None else torch.bincount(index, minlength=len(sizes))
+        )
+        sizes = here if sizes is None else sizes
+        first = torch.cumsum(here, 0) - here
+        order = torch.argsort(index, stable=True)
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=order.device) - first[index[order]]
+        most = int(here.max())
         # In float64: thirds must not cost a float64 gradient its last digits.
-        return cls(count=len(sizes), scale=reduction_scale / sizes[index].double(), index=index)
+        scale = weights / sizes[index].double()
+        return cls(len(sizes), scale, index, index * most + position, most)
+
+    def to(self, device: torch.device) -> Units:
+        """The same on a device, without a wait for what it still has to do."""
+        return dataclasses.replace(
+            self,
+            scale=sent(self.scale, device),
+            index=None if self.index is None else sent(self.index, device),
+            places=None if self.places is None else sent(self.places, device),
+        )
 
     @property
     def members(self) -> Tensor:
@@ -86,16 +119,11 @@ class Units:
 
     def _side_by_side(self, tensor: Tensor) -> Tensor:
         """``[B, M, ..]`` to ``[U, most rows of a unit * M, ..]``, zeros where a unit has fewer."""
-        if self.index is None:
+        if self.places is None:
             raise AssertionError("rows are units already")
-        order = torch.argsort(self.index, stable=True)
-        sizes = torch.bincount(self.index, minlength=self.count)
-        first = torch.cumsum(sizes, 0) - sizes
-        place = torch.arange(len(order), device=order.device) - first[self.index[order]]
-        most = int(sizes.max())
-        padded = tensor.new_zeros(self.count * most, *tensor.shape[1:])
-        padded[self.index[order] * most + place] = tensor[order]
-        return padded.view(self.count, most * tensor.shape[1], *tensor.shape[2:])
+        padded = tensor.new_zeros(self.count * self.most, *tensor.shape[1:])
+        padded[self.places] = tensor
+        return padded.view(self.count, self.most * tensor.shape[1], *tensor.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,16 +181,8 @@ def clipped_sum(
     finite = torch.isfinite(squared)
     taken = finite & members
     factors = torch.where(taken, rule.factors(torch.where(taken, by_group, 0)), 0)
-    excluded = None if bool(taken.all()) else ~taken
-    gradients: dict[str, Tensor] = {}
-    for name in names:
-        shape = parameters[name].shape if name else torch.Size([-1])
-        coefficients = factors[rule.group_of(name)] * scale.to(factors.dtype) * share
-        items = gathered.pop(name)
-        if excluded is not None:
-            coefficients = coefficients.masked_fill(excluded, 0)
-            items = [item.without(excluded) for item in items]
-        gradients[name] = _weighted(items, coefficients, shape)
+    weights = factors * scale.to(factors.dtype) * share
+    gradients = _sums(gathered, parameters, weights, rule, taken)
     norms = torch.where(taken, squared, 0).sqrt()
     smallest = factors.amin(0) if len(factors) else torch.ones_like(norms)
     buffered = gradients.pop(_BUFFER, None)
@@ -184,12 +204,55 @@ def _group_norms(
     return totals * scale.to(totals.dtype).square()
 
 
+def _sums(
+    gathered: dict[str, list[Contribution]],
+    parameters: Mapping[str, nn.Parameter],
+    weights: Tensor,
+    rule: ClippingRule,
+    taken: Tensor,
+) -> dict[str, Tensor]:
+    """Weighted sums by name, with exact zeros for units that are not ``taken [U]``.
+
+    Whether all units are taken has to be known before most sums, and to learn it is to wait for a
+    GPU. So it is given the first few before, which are done again in the rare other case.
+    """
+
+    def total(name: str, items: list[Contribution]) -> Tensor:
+        shape = parameters[name].shape if name else torch.Size([-1])
+        return _weighted(items, weights[rule.group_of(name)], shape)
+
+    gradients = {}
+    for name in [name for name, items in gathered.items() if all(map(_skips_zeros, items))]:
+        gradients[name] = total(name, gathered.pop(name))
+    if not gathered:
+        return gradients
+    early = [*gathered][:_AHEAD] if taken.is_cuda else []
+    ahead = {name: total(name, gathered[name]) for name in early}
+    excluded = None if bool(taken.all()) else ~taken
+    for name in [*gathered]:
+        items = gathered.pop(name)
+        if excluded is not None:
+            items = [item.without(excluded) for item in items]
+            ahead.pop(name, None)
+        gradients[name] = ahead.pop(name) if name in ahead else total(name, items)
+    return gradients
+
+
+def _skips_zeros(item: Contribution) -> bool:
+    return isinstance(item, Dense) and skips_zeros(item.gradients)
+
+
 def _weighted(items: list[Contribution], coefficients: Tensor, shape: torch.Size) -> Tensor:
     total = items[0].weighted_sum(coefficients, shape)
     total = total.to(torch.promote_types(total.dtype, torch.float32))
     for item in items[1:]:
         total = total + item.weighted_sum(coefficients, shape)
     return total
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from pageable memory it would wait for all that a GPU has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _column(scale: Tensor, like: Tensor) -> Tensor:

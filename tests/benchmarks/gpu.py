@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_privacy.models._loading import made_up_base
+
 GIB = 2**30
 # Planned steps of a run, of which the first few are measured.
 RUN = 200
@@ -108,20 +110,14 @@ def build(case: Case, device: torch.device) -> nn.Module:
         use_cache=False,
     )
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if case.lora else torch.float32
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
     if case.lora:
-        model = with_adapters(model, device)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return model.train()
+        # One layer at a time, so that the unquantised model is in no memory.
+        base = made_up_base(
+            config, task="causal_lm", quantization="nf4", dtype=torch.bfloat16, device=device
+        )
+        return with_adapters(base).train()
+    with torch.device(device):
+        return LlamaForCausalLM(config).train()
 
 
 def set_checkpointing(model: nn.Module, case: Case) -> None:
@@ -133,28 +129,10 @@ def set_checkpointing(model: nn.Module, case: Case) -> None:
         base.gradient_checkpointing_disable()
 
 
-def with_adapters(model: nn.Module, device: torch.device) -> nn.Module:
-    """The linear layers in 4 bits, frozen, with LoRA of rank 16 on them."""
-    import bitsandbytes as bnb
+def with_adapters(model: nn.Module) -> nn.Module:
+    """Frozen, with LoRA of rank 16 on all linear layers."""
     from peft import LoraConfig, get_peft_model
 
-    for module in list(model.model.layers.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                layer = bnb.nn.Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    bias=False,
-                    compute_dtype=torch.bfloat16,
-                    quant_type="nf4",
-                    compress_statistics=True,
-                )
-                layer.weight = bnb.nn.Params4bit(
-                    child.weight.data, requires_grad=False, quant_type="nf4"
-                )
-                if device.type == "cuda":
-                    layer.weight = layer.weight._quantize(device)
-                setattr(module, name, layer.to(device))
     model.requires_grad_(False)
     model.enable_input_require_grads()
     adapted = get_peft_model(
@@ -305,18 +283,20 @@ def opacus(case: Case, model: nn.Module, steps: int, *, ghost: bool) -> Any:
         wrapped = GradSampleModule(model, strict=False)
         optimizer = DPOptimizer(adamw(model), **options)
     seconds = []
-    for _ in range(steps):
-        ids = torch.randint(0, SHAPES[case.shape]["vocab_size"], (case.rows, case.tokens))
-        synchronize()
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
-            own = losses(wrapped, ids.to(device))
-        (criterion(own, own) if ghost else own.mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    wrapped.to_standard_module() if hasattr(wrapped, "to_standard_module") else None
+    try:
+        for _ in range(steps):
+            ids = torch.randint(0, SHAPES[case.shape]["vocab_size"], (case.rows, case.tokens))
+            synchronize()
+            start = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16):
+                own = losses(wrapped, ids.to(device))
+            (criterion(own, own) if ghost else own.mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+    finally:
+        wrapped.to_standard_module()
     return seconds, [case.rows] * steps, 0.0
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +83,7 @@ def test_gradients_equal_the_loop_with_and_without_checkpointing(
 def test_a_four_bit_base_with_lora(checkpointing: bool) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
     model = tiny_llama()
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
@@ -108,7 +113,7 @@ def test_a_four_bit_base_with_lora(checkpointing: bool) -> None:
         loss(model, token_ids()[row : row + 1]).backward()
         rows.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
     expected = {name: torch.stack([own[name] for own in rows]) for name in rows[0]}
-    assert relative_error(found, expected) < 3e-2
+    assert relative_error(found, expected) < 5e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -142,7 +147,7 @@ def test_noise_on_cuda_depends_on_every_bit_of_the_key() -> None:
         assert abs(float(torch.corrcoef(torch.stack((draws[first], draws[second])))[0, 1])) < 0.2
 
 
-def test_a_private_fit_on_the_gpu() -> None:
+def test_a_private_fit_on_the_gpu(tmp_path: Path) -> None:
     import lightning as L
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -171,9 +176,102 @@ def test_a_private_fit_on_the_gpu() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        default_root_dir=tmp_path,
     )
     module = Module()
     trainer.fit(module, DataLoader(data, batch_size=4))
     assert callback.steps == 6
     assert 0 < callback.epsilon() < float("inf")
     assert all(type(parameter) is nn.Parameter for parameter in module.parameters())
+
+
+class Adapters(nn.Module):
+    """Only small matrices, whose gradients all lie in the buffer."""
+
+    def __init__(self, width: int = 64, rank: int = 4, layers: int = 3) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False))
+            for _ in range(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for pair in self.pairs:
+            x = x + pair(x)
+        return x
+
+
+class Dense(nn.Module):
+    """More large matrices than there are sums before the first wait."""
+
+    def __init__(self, width: int = 64, layers: int = 20) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x) / 8
+        return x
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """An error where the processor waits for the GPU."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "a prototype feature"
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def private_sum(model: nn.Module, x: Tensor, weights: tuple[float, ...]) -> dict[str, Tensor]:
+    from lightning_privacy.plan import PrivacyPlan
+    from lightning_privacy.step import PrivateStep
+    from lightning_privacy.types import NeighbouringRelation
+
+    plan = PrivacyPlan(
+        relation=NeighbouringRelation.ADD_OR_REMOVE,
+        noise_multiplier=1.0,
+        delta=1e-5,
+        sample_rate=0.5,
+        steps=9,
+        expected_batch_size=1,
+        clip_norm=1.0,
+    )
+    named = dict(model.named_parameters())
+    step = PrivateStep(parameters=named, plan=plan, noise=NoNoise())
+    for _ in range(2):  # the first round compiles kernels, which waits
+        step.discard()
+        step.begin(weights)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(x).float().square().mean((1, 2)).mean()
+        step.arm()
+        loss.backward()
+        with no_waiting() if isinstance(model, Adapters) else nullcontext():
+            step.end()
+            step.release(0, signal=False)
+    return {name: parameter.grad.clone() for name, parameter in named.items()}
+
+
+class NoNoise:
+    def sample(self, name: str, like: Tensor, release: int, std: float) -> Tensor:
+        return torch.zeros_like(like)
+
+    def add_(self, tensor: Tensor, name: str, release: int, std: float) -> Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("kind", [Adapters, Dense])
+def test_a_unit_that_is_not_finite_adds_exactly_nothing(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = kind().cuda()
+    x = torch.randn(ROWS, 256, 64, device="cuda")
+    whole = private_sum(model, x, (0.0, 1.0, 1.0, 1.0))
+    poisoned = x.clone()
+    poisoned[0, 3, 5] = float("nan")
+    found = private_sum(model, poisoned, (1.0, 1.0, 1.0, 1.0))
+    assert all(torch.equal(found[name], gradient) for name, gradient in whole.items())
+    assert any(bool(gradient.any()) for gradient in whole.values())
