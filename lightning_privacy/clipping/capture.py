@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_privacy.clipping import generic, tagging
-from lightning_privacy.clipping.buffer import LARGEST, BufferLayout, RowBuffer
+from lightning_privacy.clipping.buffer import LARGEST, RowBuffer
 from lightning_privacy.clipping.contributions import Contribution, Dense, Lookup, Outer, combine
+from lightning_privacy.clipping.copies import RowCopies
 from lightning_privacy.clipping.layout import Layouts, RowDim, default_rows
 from lightning_privacy.clipping.registry import RULES, name_of
 from lightning_privacy.clipping.tagging import RowTensor, TaggedParameter
@@ -92,7 +93,7 @@ class Capture:
             _require_plain(name, parameter)
         self.buffer: RowBuffer | None = None
         self._buffering = buffering
-        self._expected: dict[str, torch.dtype] = {}
+        self._copies: dict[tuple[torch.device, torch.dtype, torch.dtype], RowCopies] = {}
         self._anchors: dict[torch.device, Tensor] = {}
         self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
         self._last_input: tuple[Tensor, tuple[int, torch.dtype], Tensor] | None = None
@@ -109,6 +110,8 @@ class Capture:
         if tagging.deactivate(self):
             for slot in self.slots.values():
                 slot.parameter.__class__ = nn.Parameter
+        for copies in self._copies.values():
+            copies.close()
         self._casts.clear()
         self._anchors.clear()
         self._last_input = None
@@ -125,13 +128,15 @@ class Capture:
     def collect(self) -> dict[str, list[Contribution]]:
         """After backward: contributions by parameter name; parameters without any are absent.
 
-        What went to the `buffer` is there.
+        The gradients of copies are in the `buffer`, but for parameters used in another way, too:
+        the norm of a sum is not that of its parts.
         """
-        for slot in self.slots.values():
-            if self.buffer is not None and slot.reached and self.buffer.wrote(slot.name):
-                # Used in another way, too: the norm of the sum is not that of the parts.
-                taken = self.buffer.take(slot.name)
-                slot.contributions.append(Dense(taken.unflatten(1, slot.parameter.shape)))
+        for copies in self._copies.values():
+            for slot in self.slots.values():
+                taken = copies.take(slot.name) if slot.reached or self.buffer else None
+                if taken is not None:
+                    slot.contributions.append(Dense(taken))
+            self.buffer = self.buffer or copies.joined()
         found = {slot.name: slot.collect() for slot in self.slots.values()}
         return {name: items for name, items in found.items() if items}
 
@@ -231,17 +236,22 @@ class Capture:
 
     def _cast_small(self, device: torch.device, old: torch.dtype, new: torch.dtype) -> None:
         """Cast all small parameters at once: one by one would take a launch each."""
-        small = [
-            slot.parameter
-            for slot in self.slots.values()
-            if slot.parameter.numel() <= LARGEST
-            and slot.parameter.device == device
-            and slot.parameter.dtype == old
-        ]
+        small = [slot.parameter for slot in self._small(device, old)]
+        if old == new or (id(small[0]), new) in self._casts:
+            return
         flat = torch.cat([parameter.detach().flatten() for parameter in small]).to(new)
         pieces = flat.split([parameter.numel() for parameter in small])
         for parameter, piece in zip(small, pieces, strict=True):
             self._casts[id(parameter), new] = piece.view(parameter.shape)
+
+    def _small(self, device: torch.device, dtype: torch.dtype) -> list[Slot]:
+        return [
+            slot
+            for slot in self.slots.values()
+            if slot.parameter.numel() <= LARGEST
+            and slot.parameter.device == device
+            and slot.parameter.dtype == dtype
+        ]
 
     def cast_input(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """An activation in ``dtype``; layers that read the same one share the copy."""
@@ -256,36 +266,32 @@ class Capture:
     # ------------------------------------------------------------------ what backward delivers
     def add_outer(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """Gradient ``left^T right`` per row, in the cheaper of its two forms."""
-        self._require_armed(slot)
+        self._require_armed(slot.name)
         if not self.instantiates(left, left.shape[1], left.shape[2], right.shape[2]):
             slot.contributions.append(Outer(left.detach(), right.detach()))
             return
-        buffer = self._buffer_for(slot, left)
-        if buffer is None:
-            self._add_dense(slot, torch.bmm(left.detach().mT, right.detach()))
-        else:
-            buffer.add_product(slot.name, left, right)
+        self._add_dense(slot, torch.bmm(left.detach().mT, right.detach()))
 
-    def expect_product(self, slot: Slot, like: Tensor, width: int, dtype: torch.dtype) -> None:
-        """In the forward: a product of ``like [.., a]`` and a gradient ``[.., width]`` may come."""
-        if self._buffering and self.buffer is None and slot.parameter.numel() <= LARGEST:
-            positions = like.numel() // (self.rows * like.shape[-1])
-            if self.instantiates(like, positions, like.shape[-1], width):
-                self._expected[slot.name] = dtype
+    def copy_of(self, slot: Slot, dtype: torch.dtype) -> Tensor | None:
+        """``[B, *shape]`` in ``dtype``: a copy per row of a small parameter, a part of the graph.
 
-    def _buffer_for(self, slot: Slot, product: Tensor) -> RowBuffer | None:
-        """Made when the first gradient comes: in the forward it would add to the peak of memory."""
-        if self.buffer is None and self._expected:
-            shapes = {
-                known.name: known.parameter.shape
-                for known in self.slots.values()
-                if self._expected.get(known.name) == product.dtype
-                and known.parameter.device == product.device
-            }
-            layout = BufferLayout(shapes, product.dtype)
-            self.buffer = RowBuffer(layout, self.rows, product.device)
-        held = self.buffer is not None and self.buffer.holds(slot.name, product.dtype)
-        return self.buffer if held else None
+        None for a large one, and where gradients are not to lie in a buffer.
+        """
+        parameter = slot.parameter
+        if not self._buffering or parameter.numel() > LARGEST:
+            return None
+        kind = parameter.device, parameter.dtype, dtype
+        if kind not in self._copies:
+            with torch._C.DisableTorchFunctionSubclass():
+                self._cast_small(*kind)
+                small = self._small(parameter.device, parameter.dtype)
+            self._copies[kind] = RowCopies(
+                {own.name: self.cast(own.parameter, dtype) for own in small},
+                rows=self.rows,
+                anchor=self.anchor(parameter.device),
+                admit=self._require_armed,
+            )
+        return self._copies[kind][slot.name]
 
     def instantiates(self, like: Tensor, positions: int, a: int, b: int) -> bool:
         """Whether a sum of ``positions`` outer products of ``a`` by ``b`` is kept as it is.
@@ -300,12 +306,12 @@ class Capture:
 
     def add_lookup(self, slot: Slot, index: Tensor, values: Tensor) -> None:
         """Gradient with ``values`` added at the table rows ``index``."""
-        self._require_armed(slot)
+        self._require_armed(slot.name)
         slot.contributions.append(Lookup(index, values.detach()))
 
     def add_dense(self, slot: Slot, gradients: Tensor) -> None:
         """Gradients of all rows, ``[B, *shape]``."""
-        self._require_armed(slot)
+        self._require_armed(slot.name)
         self._add_dense(slot, gradients.detach())
 
     def _add_dense(self, slot: Slot, gradients: Tensor) -> None:
@@ -314,11 +320,11 @@ class Capture:
             gradients = slot.contributions.pop().dense(slot.parameter.shape) + gradients
         slot.contributions.append(Dense(gradients))
 
-    def _require_armed(self, slot: Slot) -> None:
+    def _require_armed(self, name: str) -> None:
         if not self.armed:
             raise UnsupportedOperationError(
                 must="gradients are computed in the step's own backward only",
-                found=f"a backward inside the forward reached {slot.name} (torch.autograd.grad?)",
+                found=f"a backward inside the forward reached {name} (torch.autograd.grad?)",
                 cost="a gradient of a gradient would be counted as an example's gradient",
                 remedy="compute inner gradients with frozen parameters or before the private step",
             )

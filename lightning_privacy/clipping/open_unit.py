@@ -62,7 +62,7 @@ class OpenUnit:
             for item in found.pop(name):
                 self._add(name, self._whole(units.gathered(item), parameters[name].shape))
         if buffer is not None:
-            rows = units.gathered(Dense(buffer.complete()))
+            rows = units.gathered(Dense(buffer.gradients))
             flat = self._whole(rows, torch.Size([buffer.layout.size]))
             for name, piece in buffer.layout.pieces(flat):
                 self._add(name, piece)

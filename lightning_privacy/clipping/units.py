@@ -172,7 +172,7 @@ def clipped_sum(
         share: what the sum is multiplied by.
     """
     if buffer is not None:
-        found[_BUFFER] = [Dense(buffer.complete())]
+        found[_BUFFER] = [Dense(buffer.gradients)]
     names = list(found)
     gathered = {name: [units.gathered(item) for item in found.pop(name)] for name in names}
     members, scale = units.members, units.unit_scale

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_privacy.clipping.buffer import BufferLayout, RowBuffer
+from lightning_privacy.clipping.buffer import BufferLayout
 from lightning_privacy.clipping.capture import Capture
 from lightning_privacy.clipping.norms import FlatClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
+from lightning_privacy.errors import UnsupportedOperationError
 from tests.clipping.reference import (
     clipped_by_hand,
     loop_gradients,
@@ -54,9 +56,8 @@ def clipped(model: nn.Module, x: Tensor) -> ClippedSum:
     capture = capture_of(model, x)
     parameters = dict(model.named_parameters())
     units = Units.rows(torch.ones(len(x)), float(len(x)))
-    part = clipped_sum(
-        capture.collect(), parameters, units, FlatClipping(clip_norm=CLIP), capture.buffer
-    )
+    found = capture.collect()
+    part = clipped_sum(found, parameters, units, FlatClipping(clip_norm=CLIP), capture.buffer)
     assert capture.buffer is not None
     assert part.buffered is not None
     for name, gradient in capture.buffer.layout.pieces(part.buffered):
@@ -66,16 +67,18 @@ def clipped(model: nn.Module, x: Tensor) -> ClippedSum:
 
 
 def layout_of(model: nn.Module, x: Tensor) -> BufferLayout | None:
-    buffer = capture_of(model, x).buffer
+    capture = capture_of(model, x)
+    capture.collect()
+    buffer = capture.buffer
     return None if buffer is None else buffer.layout
 
 
 def test_small_products_lie_in_the_buffer() -> None:
     layout = layout_of(Net(), numbers(B, 6, 4))
     assert layout is not None
-    assert list(layout.shapes) == ["first.weight", "second.weight"]
-    assert layout.offsets == {"first.weight": 0, "second.weight": 16}
-    assert layout.size == 28
+    assert list(layout.shapes) == ["first.weight", "first.bias", "second.weight", "second.bias"]
+    assert [*layout.offsets.values()] == [0, 16, 20, 32]
+    assert layout.size == 35
     assert layout.dtype == torch.float32
 
 
@@ -90,6 +93,7 @@ def test_without_buffering_nothing_does() -> None:
         loss = squares(model, numbers(B, 6, 4))
         capture.armed = True
         loss.backward()
+    assert capture.collect()
     assert capture.buffer is None
 
 
@@ -116,23 +120,57 @@ def test_a_row_that_is_not_finite_contributes_zero() -> None:
     assert max(relative_error(found.gradients, expected).values()) < 1e-5
 
 
-FILLS: dict[str, Callable[[RowBuffer, Any], None]] = {
-    "two products": lambda buffer, factors: [buffer.add_product("b", *f) for f in factors],
-    "one product": lambda buffer, factors: buffer.add_product("b", *factors[0]),
-}
+def test_gradients_lie_in_the_order_of_the_parameters() -> None:
+    model, x = Net(), numbers(B, 6, 4)
+    capture = capture_of(model, x)
+    others = capture.collect()
+    buffer = capture.buffer
+    assert buffer is not None
+    assert not others
+    rows = loop_gradients(model, squares, x)
+    for name, start in buffer.layout.offsets.items():
+        own = rows[name].flatten(1)
+        found = buffer.gradients[:, start : start + own.shape[1]]
+        torch.testing.assert_close(found * B, own, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fill", FILLS)
-def test_products_are_written_and_then_added(fill: str) -> None:
-    layout = BufferLayout({"a": torch.Size([3]), "b": torch.Size([2, 4])}, torch.float32)
-    buffer = RowBuffer(layout, B, torch.device("cpu"))
-    buffer.gradients.fill_(float("nan"))
-    factors = [(numbers(B, 6, 2, seed=i), numbers(B, 6, 4, seed=i + 9)) for i in range(2)]
-    FILLS[fill](buffer, factors)
-    used = factors if fill == "two products" else factors[:1]
-    expected = sum(left.mT @ right for left, right in used)
-    assert buffer.wrote("b")
-    assert not buffer.wrote("a")
-    whole = buffer.complete()
-    assert not whole[:, :3].any()
-    torch.testing.assert_close(whole[:, 3:].view(B, 2, 4), expected)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_bring_their_gradients_block_by_block(reentrant: bool) -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(4, 4)
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                inner = nn.Sequential(layer, self.shared, nn.Tanh())
+                x = checkpoint(inner, x, use_reentrant=reentrant)
+            return x
+
+    model, x = Blocks(), numbers(B, 6, 4).requires_grad_()
+    expected = clipped_by_hand(loop_gradients(model, squares, x), CLIP)
+    assert max(relative_error(clipped(model, x).gradients, expected).values()) < 1e-5
+
+
+def test_nothing_holds_a_micro_batch_after_its_end() -> None:
+    model, x = Net(), numbers(B, 6, 4)
+    gc.collect()
+    gc.disable()
+    try:
+        capture = capture_of(model, x)
+        capture.collect()
+        alive = weakref.ref(capture)
+        del capture
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_gradient_before_the_backward_is_refused() -> None:
+    model, x = Net(), numbers(B, 6, 4)
+    capture = Capture(dict(model.named_parameters()), rows=B, buffering=True)
+    with capture.opened():
+        loss = squares(model, x)
+        with pytest.raises(UnsupportedOperationError, match="the step's own backward"):
+            loss.backward()

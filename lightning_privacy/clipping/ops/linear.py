@@ -110,13 +110,43 @@ def _dense(
         return NotImplemented
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if weight_slot is not None and not rows.dim and (bias is None or bias_slot is not None):
+        result = _by_copies(capture, x, weight_slot, bias_slot, rows, dtype, transposed)
+        if result is not None:
+            return result
     plain_bias = None if bias is None else capture.cast(bias, dtype)
     site = _Site(
         capture, weight_slot, bias_slot, capture.cast(weight, dtype), plain_bias, rows, transposed
     )
-    if weight_slot is not None:
-        capture.expect_product(weight_slot, x, weight.shape[1 if transposed else 0], dtype)
     return apply(_Dense, x, capture.anchor(x.device), site)
+
+
+def _by_copies(
+    capture: Capture,
+    x: Tensor,
+    weight: Slot,
+    bias: Slot | None,
+    rows: RowDim,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> Tensor | None:
+    """With a copy of the weight per row, where each row's gradient is to be in memory anyway."""
+    by_row = capture.positions(x, rows)
+    if not capture.instantiates(x, by_row.shape[1], *weight.parameter.shape):
+        return None
+    matrix = capture.copy_of(weight, dtype)
+    if matrix is None:
+        return None
+    if not transposed:
+        matrix = matrix.mT
+    if bias is None:
+        result = torch.bmm(by_row, matrix)
+    else:
+        added = capture.copy_of(bias, dtype)
+        if added is None:
+            return None
+        result = torch.baddbmm(added.unsqueeze(1), by_row, matrix)
+    return result if by_row is x else result.view(*x.shape[:-1], -1)
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

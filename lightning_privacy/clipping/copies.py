@@ -1,0 +1,97 @@
+"""A copy per row of every small parameter, all handed out by one node of the graph.
+
+An adapter has hundreds of small matrices. Were each to catch its rows' gradients in a function of
+its own, a GPU would wait for Python hundreds of times in a backward. An operation on copies needs
+none: autograd computes each row's gradient where it computes everything else, and brings those of
+all parameters to the one node, in one call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_privacy.clipping.buffer import BufferLayout, RowBuffer
+from lightning_privacy.clipping.registry import apply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+class RowCopies:
+    """Copies ``[B, *shape]`` without memory of their own, and the gradients that came for them.
+
+    Args:
+        values: the parameters' values by name, detached, of one type and device.
+        rows: number of rows ``B``.
+        anchor: a scalar that requires gradients.
+        admit: called with the name of a parameter whose gradient came; raises to refuse it.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        *,
+        rows: int,
+        anchor: Tensor,
+        admit: Callable[[str], None],
+    ) -> None:
+        self.rows = rows
+        self._admit: Callable[[str], None] | None = admit
+        self._gradients: dict[str, Tensor] = {}
+        self._names = tuple(values)
+        copies = apply(_HandOut, anchor, self, *values.values())
+        self._copies = dict(zip(self._names, copies, strict=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """``[B, *shape]``, a part of the graph."""
+        return self._copies[name]
+
+    def deliver(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """What a backward brought, in the order of the parameters; None for one that is unused.
+
+        Reentrant checkpoints come here once for each of their blocks.
+        """
+        if self._admit is None:
+            return
+        for name, gradient in zip(self._names, gradients, strict=True):
+            if gradient is not None:
+                self._admit(name)
+                known = self._gradients.get(name)
+                self._gradients[name] = gradient if known is None else known + gradient
+
+    def take(self, name: str) -> Tensor | None:
+        """``[B, *shape]``: the gradient of one parameter, which is then no longer here."""
+        return self._gradients.pop(name, None)
+
+    def joined(self) -> RowBuffer | None:
+        """All gradients side by side; they are then no longer here. None if there are none."""
+        found, self._gradients = self._gradients, {}
+        if not found:
+            return None
+        # In the parameters' order, whatever order they came in: a sum may depend on it.
+        names = [name for name in self._names if name in found]
+        layout = BufferLayout(
+            {name: found[name].shape[1:] for name in names}, found[names[0]].dtype
+        )
+        return RowBuffer(layout, torch.cat([found[name].flatten(1) for name in names], 1))
+
+    def close(self) -> None:
+        """Let go of the graph, which holds this object; gradients that came stay, others go."""
+        self._copies.clear()
+        self._admit = None
+
+
+class _HandOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, owner: RowCopies, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.owner, ctx.inputs = owner, 2 + len(values)
+        ctx.set_materialize_grads(False)
+        return tuple(value.expand(owner.rows, *value.shape) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        ctx.owner.deliver(tuple(None if g is None else g.detach() for g in gradients))
+        return (None,) * ctx.inputs
