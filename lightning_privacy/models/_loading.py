@@ -152,7 +152,9 @@ def made_up_base(
     with torch.device("meta"):
         model: Any = kind.from_config(config)
     generator = torch.Generator(device).manual_seed(0)
-    for name, module in list(model.named_modules()):
+    # By name: a list of the modules would hold the unquantised weights of all of them.
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)
         if next(module.buffers(recurse=False), None) is not None:  # the rotary table
             model.set_submodule(name, type(module)(config).to(device))
             continue

@@ -51,6 +51,8 @@ class Case:
     rows: int
     tokens: int
     checkpointing: bool = False
+    # GiB that the process may use, while it builds the model, too.
+    cap: float | None = None
 
     @property
     def lora(self) -> bool:
@@ -60,8 +62,8 @@ class Case:
 CASES = {
     "lora-checkpointing": Case(shape="7b", rows=16, tokens=512, checkpointing=True),
     "lora": Case(shape="7b", rows=8, tokens=512),
-    "lora-small": Case(shape="7b", rows=4, tokens=512, checkpointing=True),
-    "lora-long": Case(shape="7b", rows=1, tokens=4096, checkpointing=True),
+    "lora-small": Case(shape="7b", rows=4, tokens=512, checkpointing=True, cap=8),
+    "lora-long": Case(shape="7b", rows=1, tokens=4096, checkpointing=True, cap=8),
     "full": Case(shape="1.1b", rows=8, tokens=1024),
     "full-short": Case(shape="1.1b", rows=16, tokens=512),
     "full-checkpointing": Case(shape="1.1b", rows=8, tokens=1024, checkpointing=True),
@@ -200,6 +202,14 @@ class Clock(L.Callback):
             trainer.should_stop = self._steps >= self._last
 
 
+def set_cap(gib: float | None) -> None:
+    """Let the process use so much of the GPU's memory."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total if gib else 1.0)
+
+
 def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
@@ -271,7 +281,9 @@ def opacus(case: Case, model: nn.Module, steps: int, *, ghost: bool) -> Any:
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
-    device = next(model.parameters()).device
+    # A fit leaves the model in the processor's memory.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     options = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": case.rows}
     if ghost:
         wrapped = GradSampleModuleFastGradientClipping(
@@ -377,19 +389,16 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each mode")
     parser.add_argument("--logical", type=int, help="expected size of Poisson draws")
-    parser.add_argument("--cap", type=float, help="GiB that the process may use")
     parser.add_argument("--output", type=Path, help="a file to which a line of JSON is added a row")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.cap and device.type == "cuda":
-        share = options.cap * GIB / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(share)
     rows: list[dict[str, Any]] = []
     model, shape = nn.Module(), ""
     for name in options.cases:
         case = CASES[name]
+        set_cap(case.cap)
         if case.shape != shape:
             model, shape = nn.Module(), case.shape
             gc.collect()

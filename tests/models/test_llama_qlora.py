@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_privacy import DifferentialPrivacy
 from lightning_privacy.clipping import per_example_gradients
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
-from lightning_privacy.models import LlamaQLoRA
+from lightning_privacy.models import LlamaQLoRA, _loading
 from tests.clipping.reference import in_double
 from tests.models.checkpoints import SIZES, write_checkpoint
 
@@ -176,6 +177,19 @@ def test_a_made_up_base_is_always_the_same_one():
         module.configure_model()
     frozen = {name: p for name, p in one.named_parameters() if not p.requires_grad}
     assert all(torch.equal(p, dict(two.named_parameters())[name]) for name, p in frozen.items())
+
+
+def test_a_made_up_base_is_quantised_layer_by_layer(monkeypatch):
+    whole, quantise = [], _loading._quantised
+
+    def watched(linear, *arguments):
+        assert sum(weight() is not None for weight in whole) <= 1
+        whole.append(weakref.ref(linear.weight))
+        return quantise(linear, *arguments)
+
+    monkeypatch.setattr(_loading, "_quantised", watched)
+    LlamaQLoRA(**MADE_UP).configure_model()
+    assert len(whole) == 14
 
 
 def test_evaluation_leaves_four_bit_weights_as_they_are():
