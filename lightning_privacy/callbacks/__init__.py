@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from lightning_privacy.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_privacy.callbacks.study import StudyMode
+from lightning_privacy.study import Study
 
-__all__ = ["DifferentialPrivacy"]
+__all__ = ["DifferentialPrivacy", "Study", "StudyMode"]

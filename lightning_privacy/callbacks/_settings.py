@@ -11,6 +11,8 @@ from lightning_privacy.sampling.users import (
     checked_group_size,
     user_settings_without_users,
 )
+from lightning_privacy.step import PrivateStep
+from lightning_privacy.study import Study, StudyStep
 from lightning_privacy.types import (
     ACCOUNTANT_NAMES,
     CLIPPING_KINDS,
@@ -40,6 +42,8 @@ _NO_EPSILON = "an ε that cannot be computed, or that says nothing"
 class PrivacySettings:
     """The constructor arguments of `DifferentialPrivacy`, which documents them.
 
+    And ``study``, which `StudyMode` alone sets.
+
     Raises:
         ConfigurationError: An argument is outside its range, or the budget is not determined.
     """
@@ -67,6 +71,7 @@ class PrivacySettings:
     test_seed: int | None
     journal: bool
     journal_dir: str | None
+    study: Study | None = None
 
     def __post_init__(self) -> None:
         """Check every argument that can be checked without a data set."""
@@ -75,6 +80,11 @@ class PrivacySettings:
         self._check_sampling()
         self._check_choices()
         self._check_users()
+
+    @property
+    def step_type(self) -> type[PrivateStep]:
+        """What clips and noises: `PrivateStep`, except in a study."""
+        return PrivateStep if self.study is None else StudyStep
 
     def _check_budget(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:

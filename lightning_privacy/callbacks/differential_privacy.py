@@ -23,7 +23,6 @@ from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_see
 from lightning_privacy.reports import PrivacySummary, print_summary
 from lightning_privacy.sampling import PrivateLoader
 from lightning_privacy.sampling.loader import check_loader
-from lightning_privacy.step import PrivateStep
 from lightning_privacy.strategies import PrivateRun, privatize
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_privacy.accounting import PrivacyLedger
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling.users import UserIds
+    from lightning_privacy.step import PrivateStep
     from lightning_privacy.tiers import TierPolicy
     from lightning_privacy.types import (
         AccountantName,
@@ -288,7 +288,7 @@ class DifferentialPrivacy(Callback):
         self._bookings.reserve(self._state)
         if trainer.checkpoint_callbacks:
             self._open_journal()
-        step = PrivateStep(
+        step = self.settings.step_type(
             parameters=parameters,
             plan=plan,
             noise=GaussianNoise(self._secret),
