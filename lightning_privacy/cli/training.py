@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lightning_privacy.data
 import lightning_privacy.models
 import lightning_privacy.strategies  # noqa: F401
-from lightning_privacy.callbacks import DifferentialPrivacy
+from lightning_privacy.callbacks import DifferentialPrivacy, Study, StudyMode
 from lightning_privacy.cli.comparison import train_without_privacy, validation_loss
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.reports import not_covered, print_summary
@@ -104,6 +104,13 @@ class PrivacyCLI(LightningCLI):
         """
         parser.add_lightning_class_args(DifferentialPrivacy, "privacy")
         parser.add_argument(
+            "--study",
+            type=Study | None,
+            default=None,
+            help="Leave parts of the mechanism out, to measure what they do. NOT private: epsilon "
+            "is infinite.",
+        )
+        parser.add_argument(
             "--compare_without_privacy",
             type=bool,
             default=False,
@@ -142,6 +149,10 @@ class PrivacyCLI(LightningCLI):
                 cost="two mechanisms on one gradient, and an ε that describes neither",
                 remedy="move its arguments to `privacy`, and take it out of the callbacks",
             )
+        study = self._get(self.config_init, "study")
+        if study is not None:
+            config = self.config_init[str(self.subcommand)]
+            config["privacy"] = StudyMode(config["privacy"], study)
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -217,6 +228,13 @@ class _RecipeReader(PrivacyCLI):
         config.fit.model = None
         for name in ("logger", "callbacks", "plugins", "profiler", "strategy", "accelerator"):
             config.fit.trainer[name] = None
+        if config.fit.study is not None:
+            raise ConfigurationError(
+                must="what is planned is private",
+                found="a recipe with the group `study`",
+                cost="an ε that the training will not have",
+                remedy="leave `study` out, with `--study null`",
+            )
         made = self.parser.instantiate_classes(config).fit
         self.recipe = Recipe(privacy=made.privacy, data=made.get("data"), trainer=settings)
         self.subcommand = None
