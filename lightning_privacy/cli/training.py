@@ -75,6 +75,18 @@ def read_recipe(words: list[str]) -> Recipe:
     return _RecipeReader(["fit", *words]).recipe
 
 
+def read_config(words: list[str]) -> Any:
+    """Parse a configuration as `fit` would, and make nothing of it.
+
+    Args:
+        words: Options of ``fit``.
+
+    Returns:
+        A namespace of jsonargparse.
+    """
+    return _ConfigReader(["fit", *words]).config.fit
+
+
 class PrivacyCLI(LightningCLI):
     """A LightningCLI whose trainer always has the `DifferentialPrivacy` callback.
 
@@ -88,7 +100,7 @@ class PrivacyCLI(LightningCLI):
 
     def __init__(self, words: list[str]) -> None:
         self._initial: LightningModule | None = None
-        with _without_noise_of_others():
+        with without_noise_of_others():
             super().__init__(
                 args=words,
                 trainer_defaults={"strategy": "private"},
@@ -195,7 +207,7 @@ def _share_checkpoint(config: Any) -> None:
 
 
 @contextmanager
-def _without_noise_of_others() -> Iterator[None]:
+def without_noise_of_others() -> Iterator[None]:
     """Leave out what a user of this program can do nothing about."""
 
     def useful(record: logging.LogRecord) -> bool:
@@ -214,13 +226,20 @@ def _without_noise_of_others() -> Iterator[None]:
         announcer.removeFilter(useful)
 
 
-class _RecipeReader(PrivacyCLI):
-    """Stops after the data module, so that a model of any size costs nothing."""
-
-    recipe: Recipe
+class _ConfigReader(PrivacyCLI):
+    """Stops after parsing."""
 
     def _set_seed(self) -> None:
         """Nothing is drawn here."""
+
+    def instantiate_classes(self) -> None:
+        self.subcommand = None
+
+
+class _RecipeReader(_ConfigReader):
+    """Stops after the data module, so that a model of any size costs nothing."""
+
+    recipe: Recipe
 
     def instantiate_classes(self) -> None:
         config = self.config.clone()
