@@ -66,6 +66,7 @@ class PrivacySettings:
     user_update: UserUpdate | None
     local_learning_rate: float | None
     releases_per_draw: int | None
+    augmentation_multiplicity: int
     independence_check: bool
     independent_buffers: Sequence[str]
     test_seed: int | None
@@ -132,7 +133,8 @@ class PrivacySettings:
                 cost="an ε that describes a sampling that was not done",
                 remedy="pass the probability with which each unit is drawn",
             )
-        for name in ("expected_batch_size", "dataset_size", "releases_per_draw"):
+        counts = ("expected_batch_size", "dataset_size", "releases_per_draw")
+        for name in (*counts, "augmentation_multiplicity"):
             if getattr(self, name) is not None:
                 whole_number(
                     name,
@@ -218,6 +220,13 @@ class PrivacySettings:
             if any(value is not None for value in given):
                 raise user_settings_without_users()
             return
+        if self.augmentation_multiplicity > 1:
+            raise ConfigurationError(
+                must="views are averaged where the unit is an example",
+                found=f"unit='user', augmentation_multiplicity={self.augmentation_multiplicity}",
+                cost="views that count as further examples of a user",
+                remedy="leave augmentation_multiplicity out",
+            )
         if self.user_sampling is None:
             object.__setattr__(self, "user_sampling", "users")
         check_user_sampling(self.user_sampling)

@@ -114,7 +114,7 @@ def _example(arrays: Mapping[str, Any], row: int) -> MultimodalExample:
     sound = Sound(wave=arrays["wave"][start:end], sample_rate=int(arrays["sample_rate"]))
     return MultimodalExample(
         user=name,
-        text=f"{name} says and writes [masked].",
+        text=f"{name} says _",
         label=int(arrays["digit"][row]),
         image=arrays["image"][row],
         audio=sound,
