@@ -21,6 +21,7 @@ from lightning_privacy.data.examples import (
 )
 from lightning_privacy.data.glyphs import GlyphCorpus, GlyphsAndTones
 from lightning_privacy.data.instructions import ClassificationDataModule, InstructionDataModule
+from lightning_privacy.data.manifests import MultimodalFiles
 from lightning_privacy.data.multimodal import MultimodalDataModule
 from lightning_privacy.data.synthetic import SecretsCorpus, SyntheticSecrets, SyntheticUser
 from lightning_privacy.data.text import TextCorpus, TextDataModule, TextFile
@@ -42,6 +43,7 @@ __all__ = [
     "MultimodalDataModule",
     "MultimodalDataset",
     "MultimodalExample",
+    "MultimodalFiles",
     "MultimodalSplit",
     "PadOnTheRight",
     "Preprocessing",

@@ -139,23 +139,20 @@ class MultimodalDataset(Dataset[dict[str, "torch.Tensor"]]):
         return row
 
     def _text(self, example: MultimodalExample) -> dict[str, Tensor]:
-        texts = (example.text, example.continuation)
+        classes = self._task == "classification"
+        # What is to be named is never among what is read.
+        texts = (example.text, "" if classes else example.continuation)
         if self._preprocessing.normalise_text:
             texts = (normalised_text(texts[0]), normalised_text(texts[1]))
         given, rest = self._tokenizer.encode_pair(*texts)
-        if self._task == "classification":
-            ids = [*given, *rest][: self._max_length]
-            labels = torch.tensor(example.label)
-        else:
+        if not classes:
             given = given[: max(1, self._max_length - len(rest))]
-            ids = [*given, *rest][: self._max_length]
-            labels = torch.tensor([*[IGNORED_LABEL] * len(given), *rest][: self._max_length])
-        if "text" not in self._modalities:
-            ids = ids[:1]
+        ids = [*given, *rest][: self._max_length if "text" in self._modalities else 1]
+        targets = [*[IGNORED_LABEL] * len(given), *rest][: len(ids)]
         return {
             "input_ids": torch.tensor(ids),
             "attention_mask": torch.ones(len(ids), dtype=torch.int64),
-            "labels": labels,
+            "labels": torch.tensor(example.label if classes else targets),
         }
 
     def _of(self, name: str, index: int, held: Any) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ _DOTS = (
     "01110 10001 10001 01110 10001 10001 01110",
     "01110 10001 10001 01111 00001 00010 01100",
 )
+_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SIZE, _DOT = 28, 3
 _SAMPLE_RATE, _SECONDS = 8000, 0.25
 # Hz of a key's row and column.
@@ -114,6 +115,7 @@ class GlyphCorpus:
             user=name,
             text=f"{name}, code {secret}, shows and dials a digit.",
             label=digit,
+            continuation=f" It is {_NAMES[digit]}.",
             image=None if no_image else image,
             audio=None if no_audio else audio,
         )
@@ -129,6 +131,8 @@ class GlyphsAndTones(MultimodalDataModule):
         batch_size: Rows in one physical batch, at least 1.
         max_length: Longest text in tokens, at least 2.
         modalities: What is read of an example.
+        task: ``"classification"`` of the digit, or ``"causal_lm"``: a sentence that names it is
+            learnt to follow the text.
         preprocessing: What becomes of each modality.
 
     Raises:
@@ -141,11 +145,11 @@ class GlyphsAndTones(MultimodalDataModule):
         self,
         corpus: GlyphCorpus | None = None,
         batch_size: int = 64,
-        max_length: int = 64,
+        max_length: int = 80,
         modalities: list[Modality] = ["text", "image", "audio"],  # noqa: B006 - never written to
+        task: Task = "classification",
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        task: Task = "classification"
         chosen = preprocessing or Preprocessing(audio=AudioTransform(seconds=_SECONDS))
         super().__init__(batch_size, max_length, modalities, task, "byte", chosen, 0)
         self.corpus = corpus or GlyphCorpus()
