@@ -44,14 +44,32 @@ def run_table(command: Command, words: Sequence[str]) -> None:
     Raises:
         ConfigurationError: The recipe has no multimodal model.
     """
-    options, recipe = _parser(command).parse_known_args(words)
-    variants = _variants(command, options, recipe)
+    options, recipe, variants = planned(command, words)
     folder = Path(options.output)
     outcomes = _trained(variants, options.seeds, folder, recipe)
     _save(command, outcomes, folder)
     print_table(_TITLES[command], [name for name, _ in COLUMNS], rows_of(outcomes))
     print(_REMARKS)
     print(f"Saved in {folder}: {command}.md, {command}.csv and figures.")
+
+
+def planned(
+    command: Command, words: Sequence[str]
+) -> tuple[argparse.Namespace, list[str], list[Variant]]:
+    """Read the options.
+
+    Args:
+        command: Which table.
+        words: The options behind the command.
+
+    Returns:
+        Its own options, those of `fit`, and the models to train with each seed.
+
+    Raises:
+        ConfigurationError: The recipe has no multimodal model.
+    """
+    options, recipe = _parser(command).parse_known_args(words)
+    return options, recipe, _variants(command, options, recipe)
 
 
 def _parser(command: Command) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_privacy.models.base import TextModule
+from lightning_privacy.models.composite import CompositeLoss
 from lightning_privacy.models.decoders import PretrainedDecoder, SmallDecoder
 from lightning_privacy.models.encoders import AudioSettings, ImageSettings
 from lightning_privacy.models.language_model import CausalLanguageModel
@@ -13,6 +14,7 @@ from lightning_privacy.models.privacy_preserve_net import PrivacyPreserveNet
 __all__ = [
     "AudioSettings",
     "CausalLanguageModel",
+    "CompositeLoss",
     "ImageSettings",
     "LlamaQLoRA",
     "PretrainedDecoder",
