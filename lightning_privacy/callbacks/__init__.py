@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lightning_privacy.callbacks.attention_noise import AttentionNoise
 from lightning_privacy.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_privacy.callbacks.memory_cap import MemoryCap
 from lightning_privacy.callbacks.study import StudyMode
 from lightning_privacy.study import Study
 
-__all__ = ["AttentionNoise", "DifferentialPrivacy", "Study", "StudyMode"]
+__all__ = ["AttentionNoise", "DifferentialPrivacy", "MemoryCap", "Study", "StudyMode"]

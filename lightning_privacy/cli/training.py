@@ -203,7 +203,7 @@ def _share_checkpoint(config: Any) -> None:
     if data is None or model is None or "tokenizer" not in data:
         return
     if data["tokenizer"] is None:
-        data["tokenizer"] = model.get("checkpoint")
+        data["tokenizer"] = model.get("checkpoint") or model.get("pretrained.checkpoint")
 
 
 @contextmanager

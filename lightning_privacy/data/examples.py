@@ -187,9 +187,11 @@ class PadTexts:
 
     Args:
         pad_id: The token to fill ``input_ids`` with.
+        length: Width of every batch's texts, or None for that of its longest one.
     """
 
     pad_id: int
+    length: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Collate rows into one batch.
@@ -202,7 +204,7 @@ class PadTexts:
         """
         fill = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED_LABEL}
         return {
-            name: _padded([row[name] for row in rows], fill[name])
+            name: _padded([row[name] for row in rows], fill[name], self.length)
             if name in fill and rows[0][name].dim()
             else torch.stack([row[name] for row in rows])
             for name in rows[0]
@@ -255,8 +257,10 @@ def read_sound(held: Sound | str) -> Sound:
     return Sound(wave=wave, sample_rate=sample_rate)
 
 
-def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+def _padded(rows: Sequence[Tensor], value: int, length: int | None) -> Tensor:
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    missing = max(0, (length or 0) - padded.shape[1])
+    return torch.nn.functional.pad(padded, (0, missing), value=value)
 
 
 def _unreadable(what: str, path: str) -> ConfigurationError:

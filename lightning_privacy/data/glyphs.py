@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_privacy.data.base import Padding
 from lightning_privacy.data.examples import (
     Modality,
     MultimodalExample,
@@ -134,6 +135,7 @@ class GlyphsAndTones(MultimodalDataModule):
         task: ``"classification"`` of the digit, or ``"causal_lm"``: a sentence that names it is
             learnt to follow the text.
         preprocessing: What becomes of each modality.
+        padding: ``"longest"`` pads a batch to its longest text, ``"max_length"`` to that length.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
@@ -149,9 +151,10 @@ class GlyphsAndTones(MultimodalDataModule):
         modalities: list[Modality] = ["text", "image", "audio"],  # noqa: B006 - never written to
         task: Task = "classification",
         preprocessing: Preprocessing | None = None,
+        padding: Padding = "longest",
     ) -> None:
         chosen = preprocessing or Preprocessing(audio=AudioTransform(seconds=_SECONDS))
-        super().__init__(batch_size, max_length, modalities, task, "byte", chosen, 0)
+        super().__init__(batch_size, max_length, modalities, task, "byte", chosen, 0, padding)
         self.corpus = corpus or GlyphCorpus()
 
     def split(self) -> MultimodalSplit:

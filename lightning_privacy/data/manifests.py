@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_privacy.data.base import Padding
 from lightning_privacy.data.examples import (
     Modality,
     MultimodalExample,
@@ -60,6 +61,7 @@ class MultimodalFiles(MultimodalDataModule):
         tokenizer: ``"byte"``, or a folder or hub id that holds a Hugging Face tokeniser; null for
             the model's checkpoint.
         preprocessing: What becomes of each modality.
+        padding: ``"longest"`` pads a batch to its longest text, ``"max_length"`` to that length.
         num_workers: Processes that load batches.
 
     Raises:
@@ -84,11 +86,12 @@ class MultimodalFiles(MultimodalDataModule):
         task: Task = "classification",
         tokenizer: str | None = "byte",
         preprocessing: Preprocessing | None = None,
+        padding: Padding = "longest",
         num_workers: int = 0,
     ) -> None:
         super().__init__(
             batch_size, max_length, modalities, task, tokenizer or "byte", preprocessing,
-            num_workers,
+            num_workers, padding,
         )  # fmt: skip
         self.path, self.seed = Path(path), seed
         self.labels = None if labels is None else tuple(labels)

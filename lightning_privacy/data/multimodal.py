@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lightning_privacy.data.base import Padding
 from lightning_privacy.data.examples import (
     Modality,
     MultimodalDataset,
@@ -38,12 +39,14 @@ class MultimodalDataModule(LightningDataModule):
         tokenizer: ``"byte"``, or a folder or hub id that holds a Hugging Face tokeniser.
         preprocessing: What becomes of each modality.
         num_workers: Processes that load batches.
+        padding: ``"longest"`` pads a batch to its longest text, ``"max_length"`` to that length:
+            every batch then has one shape, for which a GPU's kernels are compiled once.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what the data modules share
         self,
         batch_size: int,
         max_length: int,
@@ -52,6 +55,7 @@ class MultimodalDataModule(LightningDataModule):
         tokenizer: str,
         preprocessing: Preprocessing | None,
         num_workers: int,
+        padding: Padding = "longest",
     ) -> None:
         super().__init__()
         cost, remedy = "No batch could be made.", "Give such a value."
@@ -64,7 +68,9 @@ class MultimodalDataModule(LightningDataModule):
         for name in modalities:
             one_of("modalities", name, get_args(Modality), cost=cost, remedy=remedy)
         one_of("task", task, ("classification", "causal_lm"), cost=cost, remedy=remedy)
+        one_of("padding", padding, get_args(Padding), cost=cost, remedy=remedy)
         self.batch_size, self.max_length, self.num_workers = batch_size, max_length, num_workers
+        self.padding = padding
         self.modalities, self.task = tuple(modalities), task
         self.tokenizer = tokenizer_for(tokenizer)
         self.preprocessing = preprocessing or Preprocessing()
@@ -161,7 +167,9 @@ class MultimodalDataModule(LightningDataModule):
             shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=PadTexts(self.tokenizer.pad_id),
+            collate_fn=PadTexts(
+                self.tokenizer.pad_id, self.max_length if self.padding == "max_length" else None
+            ),
         )
 
     def _dataset(
