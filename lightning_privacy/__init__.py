@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_privacy.accounting import PrivacyLedger
-    from lightning_privacy.callbacks import DifferentialPrivacy
+    from lightning_privacy.callbacks import AttentionNoise, DifferentialPrivacy
     from lightning_privacy.errors import (
         BudgetExceededError,
         ConfigurationError,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionNoise",
     "BudgetExceededError",
     "ConfigurationError",
     "DifferentialPrivacy",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AttentionNoise": "callbacks",
     "BudgetExceededError": "errors",
     "ConfigurationError": "errors",
     "DifferentialPrivacy": "callbacks",

@@ -304,7 +304,7 @@ class PrivacyPlan:
         rows = {
             "privacy unit": str(self.unit),
             "neighbours": ranges.RELATION_WORDS[self.relation],
-            "epsilon": "infinite (deterministic test mode)"
+            "epsilon": "infinite (deterministic test mode: no privacy)"
             if math.isinf(spent)
             else shown_epsilon(spent),
             "delta": f"{self.delta:g}",

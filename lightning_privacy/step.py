@@ -17,7 +17,6 @@ come from one frozen plan, and the sensitivity from the rule itself.
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +30,7 @@ from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.norms import ClippingRule, clipping_rule
 from lightning_privacy.clipping.open_unit import OpenUnit
 from lightning_privacy.clipping.probe import learn_layouts
+from lightning_privacy.clipping.statistics import StepStatistics
 from lightning_privacy.clipping.tiers import TieredClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum, sent
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
@@ -49,56 +49,6 @@ if TYPE_CHECKING:
 # Small parameters share one draw of noise, up to so many elements; a larger one has its own. On the
 # CPU, where a draw costs less than a copy, fewer are small.
 _SMALL, _SMALL_ON_CPU, _BUNDLE = 2**20, 2**16, 2**26
-
-
-class StepStatistics:
-    """What one release looked like from inside. Computed on private data: not covered by ε.
-
-    Values are computed when first asked for, so that a training step does not wait for them.
-    """
-
-    def __init__(
-        self, parts: Sequence[ClippedSum], noise_norm: float, signal: Tensor | None
-    ) -> None:
-        self._parts = tuple(
-            (part.members, part.norms, part.factors, part.nonfinite) for part in parts
-        )
-        self._noise_norm, self._signal = noise_norm, signal
-
-    @cached_property
-    def units(self) -> int:
-        """Number of units in the draw."""
-        return int(self._sum(lambda members, *_: members))
-
-    @cached_property
-    def nonfinite(self) -> int:
-        """Units left out because their gradient held NaN or infinity."""
-        return int(self._sum(lambda _m, _n, _f, nonfinite: nonfinite))
-
-    @cached_property
-    def clipped_share(self) -> float:
-        """Share of the units whose gradient was scaled down; 0 for an empty draw."""
-        clipped = self._sum(lambda members, _n, factors, bad: members & ~bad & (factors < 1))
-        return float(clipped) / max(1, self.units)
-
-    @cached_property
-    def mean_norm(self) -> float:
-        """Mean norm of the units' gradients before clipping; 0 for an empty draw."""
-        return float(self._sum(lambda _m, norms, *_: norms)) / max(1, self.units - self.nonfinite)
-
-    @cached_property
-    def noise_to_signal(self) -> float | None:
-        """Expected norm of the noise over that of the clipped sum, which may be zero.
-
-        None where the release did not measure it.
-        """
-        if self._signal is None:
-            return None
-        signal = float(self._signal)
-        return self._noise_norm / signal if signal else float("inf")
-
-    def _sum(self, of: Callable[..., Tensor]) -> float:
-        return sum(float(of(*part).sum()) for part in self._parts)
 
 
 class PrivateStep:
@@ -155,6 +105,11 @@ class PrivateStep:
     def active(self) -> bool:
         """Whether a micro-batch is between `begin` and `end`."""
         return self._capture is not None
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on the sum, from the sensitivity that the rule states."""
+        return self._plan.noise_multiplier * self._rule.sensitivity
 
     @property
     def pending(self) -> bool:
@@ -286,7 +241,7 @@ class PrivateStep:
         if self._open:
             raise _incomplete_unit()
         chosen = self.parameters if parameters is None else self._chosen(parameters)
-        std = self._plan.noise_multiplier * self._rule.sensitivity * self._share
+        std = self.noise_std * self._share
         squares, size = [], 0
         for names in self._bundles(chosen):
             total = self._total(names)

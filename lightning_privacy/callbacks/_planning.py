@@ -88,6 +88,8 @@ def make_plan(
     _require_room_for_minimum(trainer, state, sampling.steps_per_epoch, planned)
     state.target_epsilon = settings.epsilon if settings.noise_multiplier is None else None
     state.test_seed, state.tiers = settings.test_seed, tiers
+    if settings.study is not None:
+        plan = settings.study.applied_to(plan)
     state.plan = replace(plan, steps=max(1, planned))
     return state.plan
 
@@ -108,7 +110,7 @@ def _fixed_fields(
         "accountant": settings.accountant,
         "precision_slack": precision_slack_for(trainer.precision),
         "releases_per_draw": releases,
-        "deterministic": settings.test_seed is not None,
+        "deterministic": settings.test_seed is not None or settings.study is not None,
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.noise import fresh_secret, secret_from_seed
-from lightning_privacy.sampling import BoundedSampler, PoissonSampler, UserSampler, user_index
+from lightning_privacy.sampling import BoundedSampler, UserSampler, ViewSampler, user_index
 from lightning_privacy.types import PrivacyUnit
 
 if TYPE_CHECKING:
@@ -61,7 +61,12 @@ class Population:
             The draws, as a function of their number.
         """
         if self._index is None:
-            return PoissonSampler(size=self.size, sample_rate=plan.sample_rate, secret=secret)
+            return ViewSampler(
+                size=self.size,
+                sample_rate=plan.sample_rate,
+                secret=secret,
+                views=self._settings.augmentation_multiplicity,
+            )
         assert plan.group_size is not None
         if plan.user_sampling == "users":
             tiers = self._tiers(plan, self._index)

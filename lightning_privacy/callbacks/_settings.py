@@ -11,6 +11,8 @@ from lightning_privacy.sampling.users import (
     checked_group_size,
     user_settings_without_users,
 )
+from lightning_privacy.step import PrivateStep
+from lightning_privacy.study import Study, StudyStep
 from lightning_privacy.types import (
     ACCOUNTANT_NAMES,
     CLIPPING_KINDS,
@@ -40,6 +42,8 @@ _NO_EPSILON = "an ε that cannot be computed, or that says nothing"
 class PrivacySettings:
     """The constructor arguments of `DifferentialPrivacy`, which documents them.
 
+    And ``study``, which `StudyMode` alone sets.
+
     Raises:
         ConfigurationError: An argument is outside its range, or the budget is not determined.
     """
@@ -62,11 +66,13 @@ class PrivacySettings:
     user_update: UserUpdate | None
     local_learning_rate: float | None
     releases_per_draw: int | None
+    augmentation_multiplicity: int
     independence_check: bool
     independent_buffers: Sequence[str]
     test_seed: int | None
     journal: bool
     journal_dir: str | None
+    study: Study | None = None
 
     def __post_init__(self) -> None:
         """Check every argument that can be checked without a data set."""
@@ -75,6 +81,11 @@ class PrivacySettings:
         self._check_sampling()
         self._check_choices()
         self._check_users()
+
+    @property
+    def step_type(self) -> type[PrivateStep]:
+        """What clips and noises: `PrivateStep`, except in a study."""
+        return PrivateStep if self.study is None else StudyStep
 
     def _check_budget(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:
@@ -122,7 +133,8 @@ class PrivacySettings:
                 cost="an ε that describes a sampling that was not done",
                 remedy="pass the probability with which each unit is drawn",
             )
-        for name in ("expected_batch_size", "dataset_size", "releases_per_draw"):
+        counts = ("expected_batch_size", "dataset_size", "releases_per_draw")
+        for name in (*counts, "augmentation_multiplicity"):
             if getattr(self, name) is not None:
                 whole_number(
                     name,
@@ -208,6 +220,13 @@ class PrivacySettings:
             if any(value is not None for value in given):
                 raise user_settings_without_users()
             return
+        if self.augmentation_multiplicity > 1:
+            raise ConfigurationError(
+                must="views are averaged where the unit is an example",
+                found=f"unit='user', augmentation_multiplicity={self.augmentation_multiplicity}",
+                cost="views that count as further examples of a user",
+                remedy="leave augmentation_multiplicity out",
+            )
         if self.user_sampling is None:
             object.__setattr__(self, "user_sampling", "users")
         check_user_sampling(self.user_sampling)

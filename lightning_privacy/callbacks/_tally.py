@@ -58,6 +58,7 @@ class Tally:
             last = waiting[-1]
             self.latest = {
                 "clipped_share": last.clipped_share,
+                "clipped_mass": last.clipped_mass,
                 "mean_norm": last.mean_norm,
                 "nonfinite_units": float(last.nonfinite),
             }

@@ -23,7 +23,6 @@ from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_see
 from lightning_privacy.reports import PrivacySummary, print_summary
 from lightning_privacy.sampling import PrivateLoader
 from lightning_privacy.sampling.loader import check_loader
-from lightning_privacy.step import PrivateStep
 from lightning_privacy.strategies import PrivateRun, privatize
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_privacy.accounting import PrivacyLedger
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling.users import UserIds
+    from lightning_privacy.step import PrivateStep
     from lightning_privacy.tiers import TierPolicy
     from lightning_privacy.types import (
         AccountantName,
@@ -89,6 +89,7 @@ class DifferentialPrivacy(Callback):
         local_learning_rate: The rate of these steps, > 0.
         releases_per_draw: Optimizer steps on one batch, in manual optimization; by default the
             number of optimizers.
+        augmentation_multiplicity: Views of an example, each read anew; their mean is clipped once.
         independence_check: Whether to check, before the first step and now and then later, that
             each example's gradient depends on that example alone.
         independent_buffers: Names or patterns of persistent buffers, or metric states, declared to
@@ -131,6 +132,7 @@ class DifferentialPrivacy(Callback):
         user_update: UserUpdate | None = None,
         local_learning_rate: float | None = None,
         releases_per_draw: int | None = None,
+        augmentation_multiplicity: int = 1,
         independence_check: bool = True,
         independent_buffers: Sequence[str] = (),
         test_seed: int | None = None,
@@ -158,6 +160,7 @@ class DifferentialPrivacy(Callback):
             user_update=user_update,
             local_learning_rate=local_learning_rate,
             releases_per_draw=releases_per_draw,
+            augmentation_multiplicity=augmentation_multiplicity,
             independence_check=independence_check,
             independent_buffers=tuple(independent_buffers),
             test_seed=test_seed,
@@ -288,7 +291,7 @@ class DifferentialPrivacy(Callback):
         self._bookings.reserve(self._state)
         if trainer.checkpoint_callbacks:
             self._open_journal()
-        step = PrivateStep(
+        step = self.settings.step_type(
             parameters=parameters,
             plan=plan,
             noise=GaussianNoise(self._secret),

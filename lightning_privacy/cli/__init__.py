@@ -2,7 +2,8 @@
 
 This file answers ``--help`` and mistyped commands without importing torch or Lightning; the
 commands themselves are in :mod:`lightning_privacy.cli.training`,
-:mod:`lightning_privacy.cli.planning` and :mod:`lightning_privacy.cli.ledger`.
+:mod:`lightning_privacy.cli.planning`, :mod:`lightning_privacy.cli.ledger` and
+:mod:`lightning_privacy.cli.compare`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ commands:
   predict    run a checkpoint on the prediction data
   plan       print what a configuration would cost, without training
   ledger     show or add to what all runs on a data set have spent together
+  compare    train a multimodal recipe and its baselines, with and without privacy: one table
+  ablate     train it without each of its mechanisms: one table
 
 first steps:
   lightning-privacy fit --config recipes/quickstart.yaml
@@ -90,9 +93,15 @@ def _run(words: list[str]) -> None:
 
         run_ledger(words[1:])
         return
+    if command in {"compare", "ablate"}:
+        from lightning_privacy.cli.compare import run_table
+
+        run_table(command, words[1:])
+        return
     if command not in TRAINER_COMMANDS and not command.startswith("-"):
         raise ConfigurationError(
-            must=f"the command is one of {', '.join(TRAINER_COMMANDS)}, plan and ledger",
+            must=f"the command is one of {', '.join(TRAINER_COMMANDS)}, plan, ledger, "
+            "compare and ablate",
             found=repr(command),
             cost="nothing could be run",
             remedy="see `lightning-privacy --help`",

@@ -53,7 +53,7 @@ def train_without_privacy(
     """
     source: Any = datamodule or model
     loader, accumulated = _ordinary_loader(source.train_dataloader(), batch_size)
-    with _without_announcements():
+    with without_announcements():
         trainer = Trainer(
             **{name: trainer_settings[name] for name in _KEPT if name in trainer_settings},
             max_steps=steps,
@@ -110,8 +110,8 @@ def _ordinary_loader(base: Any, batch_size: float) -> tuple[DataLoader[Any], int
 
 
 @contextmanager
-def _without_announcements() -> Iterator[None]:
-    # The first trainer said already what hardware there is.
+def without_announcements() -> Iterator[None]:
+    """Leave out what Lightning says of the hardware at the start of each trainer."""
     announcer = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = announcer.level
     announcer.setLevel(logging.WARNING)

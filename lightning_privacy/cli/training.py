@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lightning_privacy.data
 import lightning_privacy.models
 import lightning_privacy.strategies  # noqa: F401
-from lightning_privacy.callbacks import DifferentialPrivacy
+from lightning_privacy.callbacks import DifferentialPrivacy, Study, StudyMode
 from lightning_privacy.cli.comparison import train_without_privacy, validation_loss
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.reports import not_covered, print_summary
@@ -75,6 +75,18 @@ def read_recipe(words: list[str]) -> Recipe:
     return _RecipeReader(["fit", *words]).recipe
 
 
+def read_config(words: list[str]) -> Any:
+    """Parse a configuration as `fit` would, and make nothing of it.
+
+    Args:
+        words: Options of ``fit``.
+
+    Returns:
+        A namespace of jsonargparse.
+    """
+    return _ConfigReader(["fit", *words]).config.fit
+
+
 class PrivacyCLI(LightningCLI):
     """A LightningCLI whose trainer always has the `DifferentialPrivacy` callback.
 
@@ -88,7 +100,7 @@ class PrivacyCLI(LightningCLI):
 
     def __init__(self, words: list[str]) -> None:
         self._initial: LightningModule | None = None
-        with _without_noise_of_others():
+        with without_noise_of_others():
             super().__init__(
                 args=words,
                 trainer_defaults={"strategy": "private"},
@@ -103,6 +115,13 @@ class PrivacyCLI(LightningCLI):
             parser: The parser of one command.
         """
         parser.add_lightning_class_args(DifferentialPrivacy, "privacy")
+        parser.add_argument(
+            "--study",
+            type=Study | None,
+            default=None,
+            help="Leave parts of the mechanism out, to measure what they do. NOT private: epsilon "
+            "is infinite.",
+        )
         parser.add_argument(
             "--compare_without_privacy",
             type=bool,
@@ -142,6 +161,10 @@ class PrivacyCLI(LightningCLI):
                 cost="two mechanisms on one gradient, and an ε that describes neither",
                 remedy="move its arguments to `privacy`, and take it out of the callbacks",
             )
+        study = self._get(self.config_init, "study")
+        if study is not None:
+            config = self.config_init[str(self.subcommand)]
+            config["privacy"] = StudyMode(config["privacy"], study)
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -180,11 +203,11 @@ def _share_checkpoint(config: Any) -> None:
     if data is None or model is None or "tokenizer" not in data:
         return
     if data["tokenizer"] is None:
-        data["tokenizer"] = model.get("checkpoint")
+        data["tokenizer"] = model.get("checkpoint") or model.get("pretrained.checkpoint")
 
 
 @contextmanager
-def _without_noise_of_others() -> Iterator[None]:
+def without_noise_of_others() -> Iterator[None]:
     """Leave out what a user of this program can do nothing about."""
 
     def useful(record: logging.LogRecord) -> bool:
@@ -203,13 +226,20 @@ def _without_noise_of_others() -> Iterator[None]:
         announcer.removeFilter(useful)
 
 
-class _RecipeReader(PrivacyCLI):
-    """Stops after the data module, so that a model of any size costs nothing."""
-
-    recipe: Recipe
+class _ConfigReader(PrivacyCLI):
+    """Stops after parsing."""
 
     def _set_seed(self) -> None:
         """Nothing is drawn here."""
+
+    def instantiate_classes(self) -> None:
+        self.subcommand = None
+
+
+class _RecipeReader(_ConfigReader):
+    """Stops after the data module, so that a model of any size costs nothing."""
+
+    recipe: Recipe
 
     def instantiate_classes(self) -> None:
         config = self.config.clone()
@@ -217,6 +247,13 @@ class _RecipeReader(PrivacyCLI):
         config.fit.model = None
         for name in ("logger", "callbacks", "plugins", "profiler", "strategy", "accelerator"):
             config.fit.trainer[name] = None
+        if config.fit.study is not None:
+            raise ConfigurationError(
+                must="what is planned is private",
+                found="a recipe with the group `study`",
+                cost="an ε that the training will not have",
+                remedy="leave `study` out, with `--study null`",
+            )
         made = self.parser.instantiate_classes(config).fit
         self.recipe = Recipe(privacy=made.privacy, data=made.get("data"), trainer=settings)
         self.subcommand = None

@@ -12,7 +12,7 @@ import math
 import random
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,15 @@ def steady(function: Callable[[_In], _Out], draws: Draws = Draws.MIDDLE) -> Call
     return held
 
 
+# How many checks are running. Not by thread: autograd's threads compute checkpoints again.
+_still = 0
+
+
+def is_still() -> bool:
+    """Whether a check wants no random decisions now; for noise that is not one of torch's draws."""
+    return _still > 0
+
+
 class without_randomness(TorchDispatchMode):  # noqa: N801 - reads as a statement
     """Context in which dropout keeps everything and random draws are constants.
 
@@ -127,6 +136,19 @@ class without_randomness(TorchDispatchMode):  # noqa: N801 - reads as a statemen
         super().__init__()  # type: ignore[no-untyped-call]
         self._draws = draws
         self.low_precision = False
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        global _still  # noqa: PLW0603 - all threads look here
+        super().__enter__()  # type: ignore[no-untyped-call]
+        _still += 1
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """End, whatever happened."""
+        global _still  # noqa: PLW0603 - all threads look here
+        _still -= 1
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

@@ -7,6 +7,7 @@ found, not what no attack can find. Their twins without state are in `functional
 from __future__ import annotations
 
 from lightning_privacy.metrics.epsilon import EpsilonLowerBound
+from lightning_privacy.metrics.leakage import PrivacyLeakage
 from lightning_privacy.metrics.membership import (
     MembershipAdvantage,
     MembershipAUROC,
@@ -21,6 +22,7 @@ __all__ = [
     "ExtractionRate",
     "MembershipAUROC",
     "MembershipAdvantage",
+    "PrivacyLeakage",
     "TPRAtFPR",
     "UserInferenceAUROC",
 ]

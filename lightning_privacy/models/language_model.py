@@ -62,7 +62,7 @@ class CausalLanguageModel(TextModule):
     ) -> None:
         super().__init__(learning_rate, weight_decay, betas, schedule, warmup_steps)
         self.save_hyperparameters()
-        _require_fitting_heads(hidden_size, num_heads, num_key_value_heads)
+        require_fitting_heads(hidden_size, num_heads, num_key_value_heads)
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -114,7 +114,17 @@ class CausalLanguageModel(TextModule):
         return example_losses(self(batch), batch["labels"])
 
 
-def _require_fitting_heads(hidden_size: int, num_heads: int, num_key_value_heads: int) -> None:
+def require_fitting_heads(hidden_size: int, num_heads: int, num_key_value_heads: int) -> None:
+    """Refuse attention heads that cannot be cut out of the width.
+
+    Args:
+        hidden_size: Width.
+        num_heads: Attention heads.
+        num_key_value_heads: Heads of keys and values.
+
+    Raises:
+        ConfigurationError: If they do not fit together.
+    """
     fits = (
         num_key_value_heads > 0
         and num_heads % num_key_value_heads == 0

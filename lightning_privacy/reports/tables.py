@@ -95,7 +95,7 @@ def summary_rows(summary: PrivacySummary, extra_rows: Sequence[Row] = ()) -> lis
 
 def _epsilon_rows(summary: PrivacySummary) -> list[Row]:
     if summary.plan.deterministic:
-        return [("epsilon spent", "infinite (deterministic test mode: no privacy)")]
+        return [("epsilon spent", summary.plan.describe()["epsilon"])]
     if math.isclose(summary.epsilon, summary.epsilon_at_stop, rel_tol=1e-9):
         return [("epsilon spent", shown_epsilon(summary.epsilon))]
     return [

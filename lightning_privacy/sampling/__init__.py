@@ -12,6 +12,7 @@ from lightning_privacy.sampling.poisson import PoissonSampler
 from lightning_privacy.sampling.rate import ResolvedSampling, resolve_sampling
 from lightning_privacy.sampling.user_draws import BoundedSampler, UserSampler
 from lightning_privacy.sampling.users import UserIndex, user_index
+from lightning_privacy.sampling.views import ViewSampler
 
 if TYPE_CHECKING:
     from lightning_privacy.sampling.loader import PrivateLoader
@@ -25,6 +26,7 @@ __all__ = [
     "UnitRows",
     "UserIndex",
     "UserSampler",
+    "ViewSampler",
     "micro_batches",
     "packed",
     "resolve_sampling",

@@ -11,7 +11,7 @@ import pytest
 
 from tests.docs.pages import PAGES, ROOT, Block, all_blocks, blocks
 
-LANGUAGES = {"python", "shell", "yaml", "text", "toml"}
+LANGUAGES = {"python", "shell", "yaml", "text", "toml", "mermaid"}
 # Commands of other programs, as they stand.
 OTHERS = {". .venv/bin/activate", "pip install pre-commit", "pre-commit install"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -41,6 +41,11 @@ def check_own_command(arguments: list[str]) -> None:
         from lightning_privacy.cli.ledger import parsed
 
         parsed(arguments[1:])  # the file is the reader's
+        return
+    if arguments[0] in {"compare", "ablate"}:
+        from lightning_privacy.cli.compare import planned
+
+        assert planned(arguments[0], arguments[1:])
         return
     if arguments[0] == "fit":
         arguments = [*arguments, "--print_config"]

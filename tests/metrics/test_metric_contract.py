@@ -19,6 +19,7 @@ from lightning_privacy.metrics import (
     ExtractionRate,
     MembershipAdvantage,
     MembershipAUROC,
+    PrivacyLeakage,
     TPRAtFPR,
     UserInferenceAUROC,
 )
@@ -48,6 +49,14 @@ CASES: dict[str, tuple[Callable[[], Metric], str, Callable[..., Any]]] = {
         MembershipAdvantage,
         "scores",
         lambda *a: twins.membership_advantage(*a)._asdict(),
+    ),
+    "leakage": (
+        PrivacyLeakage,
+        "scores",
+        lambda *a: {
+            **twins.membership_advantage(*a)._asdict(),
+            "tpr_at_1_percent_fpr": twins.tpr_at_fpr(*a, 0.01),
+        },
     ),
     "epsilon": (
         lambda: EpsilonLowerBound(1e-5, "one_run"),

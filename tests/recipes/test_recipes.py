@@ -51,7 +51,20 @@ LLAMA = [
     "--trainer.limit_val_batches=1",
     "--trainer.accelerator=cpu",
 ]
+# Few examples of several modalities, for a very small decoder.
+MULTIMODAL = [
+    "--data.batch_size=8",
+    "--model.decoder.hidden_size=16",
+    "--model.decoder.num_layers=1",
+    "--privacy.expected_batch_size=12",
+    "--trainer.limit_val_batches=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--trainer.check_val_every_n_epoch=1",
+]
+GLYPHS = [*MULTIMODAL, "--data.corpus.n_users=12", "--data.corpus.test_examples=4"]
 TINY = {
+    "multimodal/quick.yaml": GLYPHS,
     "llama7b/qlora_8gb.yaml": LLAMA,
     "llama7b/qlora_12gb.yaml": LLAMA,
     "llama7b/qlora_24gb.yaml": LLAMA,

@@ -1,0 +1,156 @@
+"""The commands `compare` and `ablate`: one recipe, several models and seeds, one table."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_privacy.cli.comparison import without_announcements
+from lightning_privacy.cli.experiment import VariantFit
+from lightning_privacy.cli.tables import print_table
+from lightning_privacy.cli.training import read_config, without_noise_of_others
+from lightning_privacy.cli.variants import Variant, ablated, compared
+from lightning_privacy.errors import ConfigurationError
+from lightning_privacy.reports.outcomes import COLUMNS, Outcome, markdown, rows_of, write_csv
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Command = Literal["compare", "ablate"]
+
+_TITLES = {
+    "compare": "Three models (the paper's Table 2)",
+    "ablate": "What each mechanism does (the paper's Table 3)",
+}
+_REMARKS = """\
+Mean ± standard deviation over seeds, on the test. Privacy leakage is the advantage TPR − FPR of an
+attack by the loss, its threshold chosen on other examples; 0 is none. Its interval is the mean of
+the runs' own. All figures but ε are computed on private data and not covered by ε. Rows with ε = ∞
+were trained in study mode and are not private.
+"""
+
+
+def run_table(command: Command, words: Sequence[str]) -> None:
+    """Train every model of a table with every seed, and print and save it.
+
+    A model whose outcome is in the output folder, under the same recipe, is not trained again.
+
+    Args:
+        command: Which table.
+        words: The options behind the command.
+
+    Raises:
+        ConfigurationError: The recipe has no multimodal model.
+    """
+    options, recipe, variants = planned(command, words)
+    folder = Path(options.output)
+    outcomes = _trained(variants, options.seeds, folder, recipe)
+    _save(command, outcomes, folder)
+    print_table(_TITLES[command], [name for name, _ in COLUMNS], rows_of(outcomes))
+    print(_REMARKS)
+    print(f"Saved in {folder}: {command}.md, {command}.csv and figures.")
+
+
+def planned(
+    command: Command, words: Sequence[str]
+) -> tuple[argparse.Namespace, list[str], list[Variant]]:
+    """Read the options.
+
+    Args:
+        command: Which table.
+        words: The options behind the command.
+
+    Returns:
+        Its own options, those of `fit`, and the models to train with each seed.
+
+    Raises:
+        ConfigurationError: The recipe has no multimodal model.
+    """
+    options, recipe = _parser(command).parse_known_args(words)
+    return options, recipe, _variants(command, options, recipe)
+
+
+def _parser(command: Command) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"lightning-privacy {command}",
+        description=f"{_TITLES[command]}: trains each with each seed. All other options are those "
+        "of `fit`, first of all --config FILE.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
+    add(
+        "--epsilons",
+        type=float,
+        nargs="+",
+        metavar="E",
+        help="budgets of the private model; by default the recipe's",
+    )
+    add(
+        "--baseline_learning_rate",
+        type=float,
+        metavar="RATE",
+        help="of the models without clipping and noise; by default the recipe's",
+    )
+    add("--output", default=f"runs/{command}", metavar="DIR", help=f"default runs/{command}")
+    return parser
+
+
+def _variants(command: Command, options: argparse.Namespace, recipe: list[str]) -> list[Variant]:
+    config = read_config(recipe)
+    model = config.get("model.init_args")
+    if model is None or "modalities" not in model:
+        raise ConfigurationError(
+            must="the recipe's model is a PrivacyPreserveNet",
+            found=str(config.get("model.class_path")),
+            cost="rows of a table that all show the same model",
+            remedy="start from recipes/multimodal/quick.yaml",
+        )
+    epsilons = options.epsilons or [config.privacy.epsilon]
+    if command == "ablate":
+        return ablated(epsilons)
+    return compared(model.modalities, epsilons, options.baseline_learning_rate)
+
+
+def _trained(
+    variants: Sequence[Variant], seeds: Sequence[int], folder: Path, recipe: list[str]
+) -> list[Outcome]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    outcomes = []
+    with ExitStack() as stack:
+        stack.enter_context(without_announcements())
+        stack.enter_context(without_noise_of_others())
+        columns: tuple[Any, ...] = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bars = stack.enter_context(Progress("{task.description}", *columns))
+        runs = bars.add_task("models", total=len(variants) * len(seeds))
+        for seed in seeds:
+            for variant in variants:
+                steps = bars.add_task(f"{variant.name}, seed {seed}", total=None)
+
+                def progress(done: int, planned: int, steps: Any = steps) -> None:
+                    bars.update(steps, completed=done, total=planned)
+
+                outcome = VariantFit(list(recipe), variant, seed, folder, progress).outcome
+                assert outcome is not None
+                outcomes.append(outcome)
+                bars.remove_task(steps)
+                bars.advance(runs)
+    order = {id(variant): place for place, variant in enumerate(variants)}
+    by_row = sorted(enumerate(outcomes), key=lambda pair: pair[0] % len(order))
+    return [outcome for _, outcome in by_row]
+
+
+def _save(command: Command, outcomes: list[Outcome], folder: Path) -> None:
+    from lightning_privacy.reports.plots import plot_components, plot_outcomes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{command}.md").write_text(markdown(outcomes) + "\n" + _REMARKS)
+    write_csv(outcomes, folder / f"{command}.csv")
+    plot_outcomes(outcomes, folder / f"{command}.svg")
+    logs = sorted(folder.glob("*/log/metrics.csv"))
+    private = [path for path in logs if path.parts[-3].startswith(("privacypreservenet", "full"))]
+    if private:
+        plot_components(private, folder / "components.svg", folder / "indicators.svg")
