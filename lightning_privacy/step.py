@@ -17,7 +17,6 @@ come from one frozen plan, and the sensitivity from the rule itself.
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,8 +30,10 @@ from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.norms import ClippingRule, clipping_rule
 from lightning_privacy.clipping.open_unit import OpenUnit
 from lightning_privacy.clipping.probe import learn_layouts
+from lightning_privacy.clipping.statistics import Signal, StepStatistics
 from lightning_privacy.clipping.tiers import TieredClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
+from lightning_privacy.distributed import World
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
 
 if TYPE_CHECKING:
@@ -51,56 +52,6 @@ if TYPE_CHECKING:
 _SMALL, _SMALL_ON_CPU, _BUNDLE = 2**20, 2**16, 2**26
 
 
-class StepStatistics:
-    """What one release looked like from inside. Computed on private data: not covered by ε.
-
-    Values are computed when first asked for, so that a training step does not wait for them.
-    """
-
-    def __init__(
-        self, parts: Sequence[ClippedSum], noise_norm: float, signal: Tensor | None
-    ) -> None:
-        self._parts = tuple(
-            (part.members, part.norms, part.factors, part.nonfinite) for part in parts
-        )
-        self._noise_norm, self._signal = noise_norm, signal
-
-    @cached_property
-    def units(self) -> int:
-        """Number of units in the draw."""
-        return int(self._sum(lambda members, *_: members))
-
-    @cached_property
-    def nonfinite(self) -> int:
-        """Units left out because their gradient held NaN or infinity."""
-        return int(self._sum(lambda _m, _n, _f, nonfinite: nonfinite))
-
-    @cached_property
-    def clipped_share(self) -> float:
-        """Share of the units whose gradient was scaled down; 0 for an empty draw."""
-        clipped = self._sum(lambda members, _n, factors, bad: members & ~bad & (factors < 1))
-        return float(clipped) / max(1, self.units)
-
-    @cached_property
-    def mean_norm(self) -> float:
-        """Mean norm of the units' gradients before clipping; 0 for an empty draw."""
-        return float(self._sum(lambda _m, norms, *_: norms)) / max(1, self.units - self.nonfinite)
-
-    @cached_property
-    def noise_to_signal(self) -> float | None:
-        """Expected norm of the noise over that of the clipped sum, which may be zero.
-
-        None where the release did not measure it.
-        """
-        if self._signal is None:
-            return None
-        signal = float(self._signal)
-        return self._noise_norm / signal if signal else float("inf")
-
-    def _sum(self, of: Callable[..., Tensor]) -> float:
-        return sum(float(of(*part).sum()) for part in self._parts)
-
-
 class PrivateStep:
     """Clips, sums, noises and averages; the only place where ``.grad`` is written.
 
@@ -110,12 +61,14 @@ class PrivateStep:
         noise: draws the noise.
         loss_reduction: whether the loss is a mean or a sum over the rows of a micro-batch.
         local_rate: for a unit of several micro-batches, the rate of its local steps; 0 for none.
+        world: the ranks over which a draw is spread; each calls the same methods in the same order.
 
     Raises:
         ConfigurationError: there is no trainable parameter, or one is not a plain parameter.
     """
 
     backward_passes = 1
+    buffering = True
 
     def __init__(
         self,
@@ -125,6 +78,7 @@ class PrivateStep:
         noise: NoiseMechanism,
         loss_reduction: LossReduction = "mean",
         local_rate: float = 0.0,
+        world: World | None = None,
     ) -> None:
         if not parameters:
             raise ConfigurationError(
@@ -134,8 +88,10 @@ class PrivateStep:
                 remedy="unfreeze what should be trained",
             )
         self.parameters = dict(parameters)
+        self.held = self.parameters  # what the optimizers hold
         self.layouts = Layouts()
         self._plan, self._noise, self._loss_reduction = plan, noise, loss_reduction
+        self._world = world or World()
         self._rule = clipping_rule(plan.clipping, plan.clip_norm, self.parameters)
         # Sums are kept divided by the public constant: one pass over the gradients less.
         self._share = 1.0 / plan.expected_batch_size
@@ -182,7 +138,7 @@ class PrivateStep:
             self.parameters,
             rows=len(self._weights),
             layouts=self.layouts,
-            buffering=self._rule.groups == 1,
+            buffering=self.buffering and self._rule.groups == 1,
         )
         capture.open()
         self._capture = capture
@@ -227,12 +183,10 @@ class PrivateStep:
         if self._rows is not None and self._rows.clip_shares is not None:
             shares = torch.tensor(self._rows.clip_shares, device=units.scale.device)
             rule = TieredClipping(rule, shares)
-        part = clipped_sum(found, self.parameters, units, rule, buffer, self._share)
-        for name, gradient in part.gradients.items():
-            self._add(name, gradient)
+        part = clipped_sum(found, self.parameters, units, rule, buffer, self._share, self._add)
         if part.buffered is not None and buffer is not None:
             self._add_buffered(buffer.layout, part.buffered)
-        self._parts.append(dataclasses.replace(part, gradients={}, buffered=None))
+        self._parts.append(dataclasses.replace(part, buffered=None))
 
     def _add(self, name: str, gradient: Tensor) -> None:
         if name in self._sums:
@@ -287,20 +241,26 @@ class PrivateStep:
             raise _incomplete_unit()
         chosen = self.parameters if parameters is None else self._chosen(parameters)
         std = self._plan.noise_multiplier * self._rule.sensitivity * self._share
-        squares, size = [], 0
-        for names in self._bundles(chosen):
-            total = self._total(names)
-            size += total.numel()
-            if signal:
-                squares.append(torch.linalg.vector_norm(total).float())
-            if std:
-                self._noise.add_(total, "\n".join(names), release, std)
+        measured = Signal(std, self._world, wanted=signal)
+        noised = self._noised(chosen, release, std * self._world.noise_share, measured)
+        for names, total in self._world.summed(noised):
+            measured.after(total)
             self._hand_over(names, total)
-        norm = torch.linalg.vector_norm(torch.stack(squares)) if squares else None
-        statistics = StepStatistics(self._parts, std * size**0.5, norm)
+        statistics = StepStatistics(self._parts, measured, self._world)
         if parameters is None or (not self._sums and self._buffered_sum is None):
             self.discard()
         return statistics
+
+    def _noised(
+        self, chosen: Mapping[str, nn.Parameter], release: int, std: float, measured: Signal
+    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """This rank's clipped sums, each with this rank's noise: nothing else leaves a rank."""
+        for names in self._bundles(chosen):
+            total = self._total(names)
+            measured.before(total)
+            if std:
+                self._noise.add_(total, "\n".join(names), release, std)
+            yield names, total
 
     def _bundles(self, chosen: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, ...]]:
         """Parameters that get their noise in one draw: a function of the chosen ones alone."""

@@ -21,7 +21,7 @@ from lightning_privacy.clipping.contributions import (
 from lightning_privacy.clipping.products import full_precision
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lightning_privacy.clipping.buffer import RowBuffer
     from lightning_privacy.clipping.norms import ClippingRule
@@ -127,6 +127,7 @@ def clipped_sum(
     rule: ClippingRule,
     buffer: RowBuffer | None = None,
     share: float = 1.0,
+    add: Callable[[str, Tensor], None] | None = None,
 ) -> ClippedSum:
     """Clip each unit's gradient by ``rule`` and add up.
 
@@ -142,6 +143,8 @@ def clipped_sum(
         rule: how to clip.
         buffer: the rest of the rows' gradients; only for a rule with one group.
         share: what the sum is multiplied by.
+        add: takes each parameter's sum as soon as it is there, so that not all are held at once;
+            ``gradients`` is empty then.
     """
     if buffer is not None:
         found[_BUFFER] = [Dense(buffer.complete())]
@@ -162,7 +165,11 @@ def clipped_sum(
         if excluded is not None:
             coefficients = coefficients.masked_fill(excluded, 0)
             items = [item.without(excluded) for item in items]
-        gradients[name] = _weighted(items, coefficients, shape)
+        total = _weighted(items, coefficients, shape)
+        if add is None or not name:
+            gradients[name] = total
+        else:
+            add(name, total)
     norms = torch.where(taken, squared, 0).sqrt()
     smallest = factors.amin(0) if len(factors) else torch.ones_like(norms)
     buffered = gradients.pop(_BUFFER, None)

@@ -1,0 +1,42 @@
+"""What has to hold before the first step, in the order in which it can be known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_privacy.callbacks import _ranks, _validation
+from lightning_privacy.callbacks._checks import RowChecks
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lightning_privacy.callbacks._settings import PrivacySettings
+    from lightning_privacy.clipping.layout import Layouts
+    from lightning_privacy.distributed import World
+    from lightning_privacy.strategies import PrivateRun
+
+
+def checked_parameters(
+    settings: PrivacySettings, run: PrivateRun, world: World
+) -> tuple[dict[str, nn.Parameter], Layouts]:
+    """Check module, optimizers, replicas and examples.
+
+    Args:
+        settings: What the user configured.
+        run: The private run, with its loader.
+        world: The ranks.
+
+    Returns:
+        The covered parameters by name, and where the rows of a batch lie.
+
+    Raises:
+        PrivacyError: Something does not hold.
+    """
+    trainer, module = run.trainer, run.module
+    _validation.refuse_module(module, settings.independent_buffers)
+    names = {id(p): n for n, p in module.named_parameters() if p.requires_grad}
+    _validation.refuse_optimizers(trainer.optimizers, names)
+    parameters = run.trainable()
+    _validation.warn_compiled(module)
+    _ranks.refuse_collectives(world, trainer, run)
+    return parameters, RowChecks(settings, trainer, run, parameters).before_training()
