@@ -33,6 +33,8 @@ def checked_parameters(
         PrivacyError: Something does not hold.
     """
     trainer, module = run.trainer, run.module
+    if world.lockstep:
+        _ranks.refuse_local_steps(settings)
     _validation.refuse_module(module, settings.independent_buffers)
     names = {id(p): n for n, p in module.named_parameters() if p.requires_grad}
     _validation.refuse_optimizers(trainer.optimizers, names)

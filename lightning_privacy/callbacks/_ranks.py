@@ -15,6 +15,7 @@ from lightning_privacy.sampling import ShardedSampler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lightning_privacy.callbacks._settings import PrivacySettings
     from lightning_privacy.callbacks._state import RunState
     from lightning_privacy.distributed import World
     from lightning_privacy.plan import PrivacyPlan
@@ -102,6 +103,25 @@ def refuse_collectives(world: World, trainer: Any, run: PrivateRun) -> None:
     assert run.loader is not None
     with attributes_kept(module), preserved_state(module), _NoCollectives(world.lockstep):
         LossProbe(trainer, run.loader, run)([0])
+
+
+def refuse_local_steps(settings: PrivacySettings) -> None:
+    """Refuse steps of one user on parameters that are sharded.
+
+    Args:
+        settings: What the user configured.
+
+    Raises:
+        UnsupportedOperationError: They are asked for.
+    """
+    if settings.user_update == "local_steps":
+        raise UnsupportedOperationError(
+            must="user_update='local_steps' goes with whole parameters on each rank",
+            found="sharded parameters, which all ranks gather from one another",
+            cost="a step of one rank's user would change the other ranks' models, or memory that "
+            "is not there between two passes",
+            remedy='use user_update="mean", or strategy="private_ddp"',
+        )
 
 
 class _NoCollectives(TorchDispatchMode):

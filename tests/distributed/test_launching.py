@@ -26,7 +26,7 @@ def script(folder: Path, *words: str, prefix: tuple[str, ...] = ()) -> dict | st
     command = [sys.executable, *prefix, str(ROOT / "tests/distributed/script.py"), *words]
     done = subprocess.run(
         [*command, str(folder)], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=240, check=False,
+        timeout=280, check=False,
     )  # fmt: skip
     found = folder / "found.json"
     return json.loads(found.read_text()) if found.is_file() else done.stderr

@@ -20,16 +20,16 @@ PATIENCE = 120.0
 class Processes:
     """As many processes as there are ranks, as torchrun would have started them."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = RANKS) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         # A fork has everything imported already; but not where the parent may have used a GPU.
         context = mp.get_context("forkserver" if torch.cuda.is_available() else "fork")
         self._pipes, self._members = [], []
-        for rank in range(RANKS):
+        for rank in range(ranks):
             here, there = context.Pipe()
-            member = context.Process(target=_serve, args=(there, rank, port), daemon=True)
+            member = context.Process(target=_serve, args=(there, rank, ranks, port), daemon=True)
             member.start()
             there.close()
             self._pipes.append(here)
@@ -55,15 +55,15 @@ class Processes:
             member.join()
 
 
-def _serve(pipe: Any, rank: int, port: int) -> None:
+def _serve(pipe: Any, rank: int, ranks: int, port: int) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        WORLD_SIZE=str(RANKS),
+        WORLD_SIZE=str(ranks),
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         GROUP_RANK="0",
-        LOCAL_WORLD_SIZE=str(RANKS),
+        LOCAL_WORLD_SIZE=str(ranks),
         TORCHELASTIC_RUN_ID="tests",
         LIGHTNING_PRIVACY_CACHE="off",
         OMP_NUM_THREADS="1",
