@@ -20,7 +20,11 @@ if TYPE_CHECKING:
         UnsupportedOperationError,
     )
     from lightning_privacy.plan import PrivacyPlan
-    from lightning_privacy.strategies import PrivateSingleDeviceStrategy
+    from lightning_privacy.strategies import (
+        PrivateDDPStrategy,
+        PrivateFSDPStrategy,
+        PrivateSingleDeviceStrategy,
+    )
     from lightning_privacy.types import NeighbouringRelation, PrivacyUnit
 
 __version__ = "0.1.0"
@@ -35,6 +39,8 @@ __all__ = [
     "PrivacyLedger",
     "PrivacyPlan",
     "PrivacyUnit",
+    "PrivateDDPStrategy",
+    "PrivateFSDPStrategy",
     "PrivateSingleDeviceStrategy",
     "UnsupportedOperationError",
     "__version__",
@@ -50,6 +56,8 @@ _HOME = {
     "PrivacyLedger": "accounting",
     "PrivacyPlan": "plan",
     "PrivacyUnit": "types",
+    "PrivateDDPStrategy": "strategies",
+    "PrivateFSDPStrategy": "strategies",
     "PrivateSingleDeviceStrategy": "strategies",
     "UnsupportedOperationError": "errors",
 }

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS = 2
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 class Processes:
