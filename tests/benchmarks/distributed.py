@@ -3,14 +3,15 @@
     python tests/benchmarks/distributed.py --output distributed.jsonl
     python tests/benchmarks/distributed.py --dry-run
 
-For each case four trainings take turns: without privacy on one device and on all, and with privacy on
-one and on all. A row says tokens per second, over all devices, and peak memory of one; the last row
-of a case the two scalings and their ratio. Random weights; the same rows for both kinds; every draw
-holds all rows (sample rate 1), so that both see the same batches. Private runs have the callback at
-its defaults, noise and guards included. Ordinary runs use Lightning's `ddp`, and for sharded parameters the
-same `fully_shard` calls as the private ones.
+For each case four trainings take turns: without privacy on one device and on all, and with privacy
+on one and on all. A row says tokens per second, over all devices, and peak memory of one; the last
+row of a case the two scalings and their ratio. Random weights; the same rows for both kinds; every
+draw holds all rows (sample rate 1), so that both see the same batches. Private runs have the
+callback at its defaults, noise and guards included. Ordinary runs use Lightning's `ddp`, and for
+sharded parameters the same `fully_shard` calls as the private ones.
 
-``--dry-run`` takes tiny shapes on the CPU, with gloo: it shows that the script works, and no figure.
+``--dry-run`` takes tiny shapes on the CPU, with gloo: it shows that the script works, and gives no
+figure.
 """
 
 from __future__ import annotations
@@ -86,10 +87,8 @@ class Llama(L.LightningModule):
         if self.case.shape == "7b":
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        ordinary_shards = (
-            self.case.sharded and "Private" not in type(self.trainer.strategy).__name__
-        )
-        if ordinary_shards and self.trainer.world_size > 1:
+        private = type(self.trainer.strategy).__name__.startswith("Private")
+        if self.case.sharded and not private:
             from lightning_privacy.strategies.sharding import shard
 
             shard(self, self.device_mesh["data_parallel"])
@@ -210,16 +209,13 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
         for private in (False, True)
     ]
     speed = {(row["private"], row["devices"]): row["tokens_per_second"] for row in rows}
-    summary: dict[str, Any] = {"case": name, "devices": arguments.devices}
-    summary["private_over_ordinary"] = (
-        speed[True, arguments.devices] / speed[False, arguments.devices]
-    )
+    every = arguments.devices
+    summary: dict[str, Any] = {"case": name, "devices": every}
+    summary["private_over_ordinary"] = speed[True, every] / speed[False, every]
     if single:
-        ordinary, private = (
-            speed[kind, arguments.devices] / speed[kind, 1] for kind in (False, True)
-        )
-        summary |= {"ordinary_scaling": ordinary, "private_scaling": private,
-                    "ratio_of_scalings": private / ordinary}  # fmt: skip
+        ordinary, private = (speed[kind, every] / speed[kind, 1] for kind in (False, True))
+        summary |= {"ordinary_scaling": ordinary, "private_scaling": private}
+        summary["ratio_of_scalings"] = private / ordinary
     return [*rows, summary]
 
 

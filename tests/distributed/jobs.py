@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_privacy.accounting import PrivacyLedger
 from lightning_privacy.callbacks import DifferentialPrivacy
 from lightning_privacy.noise import GaussianNoise
 from lightning_privacy.tiers import PublicTiers, TierPolicy
@@ -48,13 +49,13 @@ def fit(
     """One private fit in float64, without noise unless the settings have some."""
     silent = {"noise_multiplier": 0.0, "expected_batch_size": 2 * BATCH}
     callback = privacy(**{**silent, **(settings or {})})
-    path = options.pop("ckpt_path", None)
+    path, val = options.pop("ckpt_path", None), options.pop("val", None)
     options = {"precision": "64-true", **strategy_for(ranks), **options}
     made = trainer(Path(directory), callback, *callbacks, **options)
     module = Regression() if module is None else module
     if options["precision"] == "64-true":
         module.double()  # or a checkpoint would be read in float32
-    made.fit(module, loader() if batches is None else batches, ckpt_path=path)
+    made.fit(module, loader() if batches is None else batches, val, ckpt_path=path)
     return made, module, callback
 
 
@@ -278,3 +279,29 @@ def small_draws(directory: str, ranks: int) -> dict[str, Any]:
     module = Regression()
     fit(directory, ranks, {"expected_batch_size": 1, "clipping": "per_layer"}, module)
     return {"weights": plain(module), "calls": len(module.calls)}
+
+
+def with_ledger(directory: str) -> dict[str, Any]:
+    """Two epochs with validation, a ledger and a journal."""
+    book = PrivacyLedger(Path(directory) / "ledger.db", dataset="rows", budget=(50.0, 1e-5))
+    settings = {"noise_multiplier": 1.0, "test_seed": None, "ledger": book}
+    made, module, callback = fit(
+        directory, 2, settings, max_epochs=2, val=loader(), callbacks=(ModelCheckpoint(directory),)
+    )
+    return {
+        "entries": [(entry.run, sum(r.count for r in entry.releases)) for entry in book.entries()],
+        "steps": callback.steps,
+        "run": callback._state.run,
+        "loss": float(made.callback_metrics["val_loss"]),
+        "shown": callback.summary().validation_loss,
+        "weights": plain(module),
+    }
+
+
+def other_default(directory: str, path: str) -> str:
+    """A resume where the logical batch follows from the number of processes."""
+    try:
+        fit(directory, 2, {"expected_batch_size": None}, max_steps=6, max_epochs=-1, ckpt_path=path)
+    except Exception as error:  # noqa: BLE001 - this is what the test looks at
+        return str(error)
+    return ""

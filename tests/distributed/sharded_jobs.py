@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -268,15 +267,11 @@ class Quantised(pl.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(2)
             plain = nn.Linear(64, 64)
-            self.net = nn.Module()
-            self.net.base = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
-            self.net.base.load_state_dict(plain.state_dict())
-            self.net.down, self.net.up = nn.Linear(64, 4, bias=False), nn.Linear(4, 1)
-        self.net.base.requires_grad_(False)
-        self.net.forward = self._forward
-
-    def _forward(self, x: Tensor) -> Tensor:
-        return self.net.up(self.net.down(self.net.base(x)))
+            base = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+            base.load_state_dict(plain.state_dict())
+            base.requires_grad_(False)
+            base.to("cpu")  # this is where the weights are quantised
+            self.net = nn.Sequential(base, nn.Linear(64, 4, bias=False), nn.Linear(4, 1))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return nn.functional.mse_loss(self.net(batch[0].repeat(1, 22)[:, :64]), batch[1])
@@ -285,5 +280,15 @@ class Quantised(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-def folder_of(directory: str) -> list[str]:
-    return sorted(path.name for path in Path(directory).iterdir())
+def with_validation(directory: str, ranks: int) -> jobs.Weights:
+    options = {"val": jobs.loader(), "max_epochs": 2, "val_check_interval": 2}
+    settings = {"noise_multiplier": 0.0}
+    return whole(jobs.fit(directory, ranks, settings, Blocks(), **options, **options_for(ranks))[1])
+
+
+def quantised(directory: str, ranks: int) -> dict[str, Any]:
+    options = {"precision": "32-true", "batches": DataLoader(jobs.data(jobs.ROWS), batch_size=3)}
+    _, module, _ = jobs.fit(directory, ranks, {}, Quantised(), **options, **options_for(ranks))
+    found = {"sharded": shared(module), "base": str(module.net[0].weight.dtype)}
+    module_weights = {n: w for n, w in whole(module).items() if not n.startswith("net.0")}
+    return {**found, "weights": module_weights}

@@ -177,3 +177,22 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_as_if_unbroken(processes, tmp_
     whole = processes.run(jobs.resumed, str(tmp_path / "a"), 2, None, {}, 4)[0]
     alone = jobs.resumed(str(tmp_path / "b"), 1, str(tmp_path / "a" / "step=2.ckpt"), {}, 4)
     assert apart(alone["weights"], whole["weights"]) <= 1e-12
+
+
+def test_one_process_keeps_the_books(processes, tmp_path) -> None:
+    first, second = processes.run(jobs.with_ledger, str(tmp_path))
+    assert first == second
+    assert first["entries"] == [(first["run"], 10)]
+    assert first["steps"] == 10
+    assert first["shown"] == pytest.approx(first["loss"])
+    assert len(list(tmp_path.glob("*.jsonl"))) == 1
+
+
+def test_a_logical_batch_that_follows_from_the_ranks_is_another_mechanism(
+    processes, tmp_path
+) -> None:
+    settings = {"expected_batch_size": None}
+    jobs.resumed(str(tmp_path), 1, None, settings, 4)
+    found = processes.run(jobs.other_default, str(tmp_path), str(tmp_path / "step=2.ckpt"))
+    assert found[0] == found[1]
+    assert "expected_batch_size 3.0 there, 6.0 here" in found[0]

@@ -68,6 +68,21 @@ def test_a_small_llama(processes, tmp_path, lora, tied) -> None:
     assert first["sharded"] == len(one["weights"])
 
 
+def test_validation_comes_between(processes, tmp_path) -> None:
+    require_equal(sharded.with_validation, processes, tmp_path)
+
+
+def test_a_base_in_four_bits_stays_whole(processes, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    one = sharded.quantised(str(tmp_path), 1)
+    first, second = processes.run(sharded.quantised, str(tmp_path), 2)
+    assert first == second
+    assert first["base"] == "torch.uint8"
+    assert "net.0.weight" not in first["sharded"]
+    assert {"net.1.weight", "net.2.weight", "net.2.bias"} <= set(first["sharded"])
+    assert apart(first["weights"], one["weights"]) <= 1e-6
+
+
 # ------------------------------------------------------------------ with noise
 def test_each_rank_draws_the_noise_of_its_shard(processes, tmp_path) -> None:
     first, second = processes.run(sharded.noise, str(tmp_path), 1, {})

@@ -31,7 +31,7 @@ def main() -> None:
         unit = float(sigma) * callback.plan.clip_norm / callback.plan.expected_batch_size
         found = (values / unit).tolist()
     else:
-        made, module, _ = jobs.fit(folder, 2, {}, Blocks(), **options)
+        _, module, _ = jobs.fit(folder, 2, {}, Blocks(), **options)
         found = whole(module)
     if torch.distributed.get_rank() == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
