@@ -20,7 +20,11 @@ if TYPE_CHECKING:
         UnsupportedOperationError,
     )
     from lightning_privacy.plan import PrivacyPlan
-    from lightning_privacy.strategies import PrivateSingleDeviceStrategy
+    from lightning_privacy.strategies import (
+        PrivateDDPStrategy,
+        PrivateFSDPStrategy,
+        PrivateSingleDeviceStrategy,
+    )
     from lightning_privacy.types import NeighbouringRelation, PrivacyUnit
 
 __version__ = "0.1.0"
@@ -36,6 +40,8 @@ __all__ = [
     "PrivacyLedger",
     "PrivacyPlan",
     "PrivacyUnit",
+    "PrivateDDPStrategy",
+    "PrivateFSDPStrategy",
     "PrivateSingleDeviceStrategy",
     "UnsupportedOperationError",
     "__version__",
@@ -52,6 +58,8 @@ _HOME = {
     "PrivacyLedger": "accounting",
     "PrivacyPlan": "plan",
     "PrivacyUnit": "types",
+    "PrivateDDPStrategy": "strategies",
+    "PrivateFSDPStrategy": "strategies",
     "PrivateSingleDeviceStrategy": "strategies",
     "UnsupportedOperationError": "errors",
 }

@@ -30,9 +30,10 @@ from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.norms import ClippingRule, clipping_rule
 from lightning_privacy.clipping.open_unit import OpenUnit
 from lightning_privacy.clipping.probe import learn_layouts
-from lightning_privacy.clipping.statistics import StepStatistics
+from lightning_privacy.clipping.statistics import Signal, StepStatistics
 from lightning_privacy.clipping.tiers import TieredClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum, sent
+from lightning_privacy.distributed import World
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
 
 if TYPE_CHECKING:
@@ -60,12 +61,14 @@ class PrivateStep:
         noise: draws the noise.
         loss_reduction: whether the loss is a mean or a sum over the rows of a micro-batch.
         local_rate: for a unit of several micro-batches, the rate of its local steps; 0 for none.
+        world: the ranks over which a draw is spread; each calls the same methods in the same order.
 
     Raises:
         ConfigurationError: there is no trainable parameter, or one is not a plain parameter.
     """
 
     backward_passes = 1
+    buffering = True
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class PrivateStep:
         noise: NoiseMechanism,
         loss_reduction: LossReduction = "mean",
         local_rate: float = 0.0,
+        world: World | None = None,
     ) -> None:
         if not parameters:
             raise ConfigurationError(
@@ -84,8 +88,10 @@ class PrivateStep:
                 remedy="unfreeze what should be trained",
             )
         self.parameters = dict(parameters)
+        self.held = self.parameters  # what the optimizers hold
         self.layouts = Layouts()
         self._plan, self._noise, self._loss_reduction = plan, noise, loss_reduction
+        self._world = world or World()
         self._rule = clipping_rule(plan.clipping, plan.clip_norm, self.parameters)
         # Sums are kept divided by the public constant: one pass over the gradients less.
         self._share = 1.0 / plan.expected_batch_size
@@ -137,7 +143,7 @@ class PrivateStep:
             self.parameters,
             rows=len(self._weights),
             layouts=self.layouts,
-            buffering=self._rule.groups == 1,
+            buffering=self.buffering and self._rule.groups == 1,
         )
         capture.open()
         self._capture = capture
@@ -182,12 +188,10 @@ class PrivateStep:
         if self._rows is not None and self._rows.clip_shares is not None:
             shares = sent(torch.tensor(self._rows.clip_shares), units.scale.device)
             rule = TieredClipping(rule, shares)
-        part = clipped_sum(found, self.parameters, units, rule, buffer, self._share)
-        for name, gradient in part.gradients.items():
-            self._add(name, gradient)
+        part = clipped_sum(found, self.parameters, units, rule, buffer, self._share, self._add)
         if part.buffered is not None and buffer is not None:
             self._add_buffered(buffer.layout, part.buffered)
-        self._parts.append(dataclasses.replace(part, gradients={}, buffered=None))
+        self._parts.append(dataclasses.replace(part, buffered=None))
 
     def _add(self, name: str, gradient: Tensor) -> None:
         if name in self._sums:
@@ -242,20 +246,26 @@ class PrivateStep:
             raise _incomplete_unit()
         chosen = self.parameters if parameters is None else self._chosen(parameters)
         std = self.noise_std * self._share
-        squares, size = [], 0
-        for names in self._bundles(chosen):
-            total = self._total(names)
-            size += total.numel()
-            if signal:
-                squares.append(torch.linalg.vector_norm(total).float())
-            if std:
-                self._noise.add_(total, "\n".join(names), release, std)
+        measured = Signal(std, self._world, wanted=signal)
+        noised = self._noised(chosen, release, std * self._world.noise_share, measured)
+        for names, total in self._world.summed(noised):
+            measured.after(total)
             self._hand_over(names, total)
-        norm = torch.linalg.vector_norm(torch.stack(squares)) if squares else None
-        statistics = StepStatistics(self._parts, std * size**0.5, norm)
+        statistics = StepStatistics(self._parts, measured, self._world)
         if parameters is None or (not self._sums and self._buffered_sum is None):
             self.discard()
         return statistics
+
+    def _noised(
+        self, chosen: Mapping[str, nn.Parameter], release: int, std: float, measured: Signal
+    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """This rank's clipped sums, each with this rank's noise: nothing else leaves a rank."""
+        for names in self._bundles(chosen):
+            total = self._total(names)
+            measured.before(total)
+            if std:
+                self._noise.add_(total, "\n".join(names), release, std)
+            yield names, total
 
     def _bundles(self, chosen: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, ...]]:
         """Parameters that get their noise in one draw: a function of the chosen ones alone."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lightning_privacy.distributed import World
     from lightning_privacy.noise.base import NoiseMechanism
     from lightning_privacy.types import LossReduction
 
@@ -165,6 +166,7 @@ class StudyStep(PrivateStep):
         noise: as in `PrivateStep`.
         loss_reduction: as in `PrivateStep`.
         local_rate: as in `PrivateStep`.
+        world: as in `PrivateStep`.
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class StudyStep(PrivateStep):
         noise: NoiseMechanism,
         loss_reduction: LossReduction = "mean",
         local_rate: float = 0.0,
+        world: World | None = None,
     ) -> None:
         assert isinstance(plan, StudyPlan)
         super().__init__(
@@ -183,6 +186,7 @@ class StudyStep(PrivateStep):
             noise=noise,
             loss_reduction=loss_reduction,
             local_rate=local_rate,
+            world=world,
         )
         if "clipping" in plan.without:
             self._rule = NoClipping()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_privacy.clipping.statistics import StepStatistics
 from lightning_privacy.clipping.tagging import TaggedParameter
 from lightning_privacy.errors import ConfigurationError, GuaranteeError, UnsupportedOperationError
 from lightning_privacy.noise import GaussianNoise, secret_from_seed
-from lightning_privacy.step import PrivateStep, StepStatistics
+from lightning_privacy.step import PrivateStep
 from tests.clipping.reference import (
     Gradients,
     Sketch,

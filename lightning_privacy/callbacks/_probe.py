@@ -72,7 +72,10 @@ class LossProbe:
             traits = [_traits(self._collated([row])) for row in candidates]
         except Exception as error:
             raise needs_company(error) from error
-        return _most_different(candidates, traits, count)
+        chosen = _most_different(candidates, traits, count)
+        # Where passes communicate, all ranks look at the same rows.
+        world = self._run.world
+        return world.from_first(chosen) if world.lockstep else chosen
 
     def require_rows_apart(self, rows: Sequence[int]) -> None:
         """Refuse a data set that reads several rows at once and mixes them.

@@ -23,6 +23,8 @@ from lightning_privacy.plan import PrivacyPlan
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lightning_privacy.distributed import World
+
 STATE_KEY = "lightning_privacy.DifferentialPrivacy"
 """Fixed: Lightning's default changes with the class's name, and a lost state is lost budget."""
 
@@ -51,6 +53,7 @@ class RunState:
         releases: Number of the next release; it keys the noise.
         steps: Private steps in the history of the present weights: a crash's extra charges and the
             steps of a rolled-back branch are in the ledger and not here.
+        planned_epsilon: The ε of all planned steps, the headline of the closing table.
     """
 
     def __init__(self) -> None:
@@ -66,6 +69,7 @@ class RunState:
         self.releases = 0
         self.steps = 0
         self.journal: Journal | None = None
+        self.planned_epsilon = 0.0
 
     # ------------------------------------------------------------------ while training
     def drawn(self, cursor: int) -> None:
@@ -110,6 +114,33 @@ class RunState:
             self.journal.reserve(self.ledger.count + 1, release)
         self.ledger.record(release)
         self.steps += 1
+
+    # ------------------------------------------------------------------ several ranks
+    def agree(self, world: World) -> None:
+        """Take over what rank 0 has spent and handed out. Rank 0 alone keeps the journal.
+
+        Args:
+            world: The ranks; all of them call this.
+        """
+        if world.alone:
+            return
+        own = {
+            "run": self.run,
+            "ledger": self.ledger.state_dict(),
+            "cursor": self.cursor,
+            "releases": self.releases,
+            "steps": self.steps,
+            "bound_seed": None if self.bound_seed is None else self.bound_seed.hex(),
+        }
+        first = world.from_first(own)
+        self.run, self.steps = first["run"], first["steps"]
+        self.cursor, self.releases = first["cursor"], first["releases"]
+        self.ledger = Ledger()
+        self.ledger.load_state_dict(first["ledger"])
+        seed = first["bound_seed"]
+        self.bound_seed = None if seed is None else bytes.fromhex(seed)
+        if not world.is_first:
+            self.journal = None
 
     # ------------------------------------------------------------------ the journal
     def open_journal(self, directory: Path) -> None:
@@ -249,6 +280,27 @@ def budget_spent(count: int, limit: int) -> BudgetExceededError:
         cost="an ε above the budget",
         remedy="stop here, or start a new run with a budget of its own: the two ε add up",
     )
+
+
+def journal_directory(chosen: str | None, trainer: Any) -> Path:
+    """Where the journal goes.
+
+    Args:
+        chosen: What the user asked for; by default beside the checkpoints.
+        trainer: The trainer of the fit, or None.
+
+    Returns:
+        A directory.
+
+    Raises:
+        ConfigurationError: Checkpoints go to an object store.
+    """
+    if chosen is not None:
+        return Path(chosen)
+    if trainer is None:
+        return Path()
+    checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return local_directory(checkpoints or trainer.default_root_dir)
 
 
 def local_directory(place: str) -> Path:

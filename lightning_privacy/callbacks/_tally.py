@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lightning_privacy.step import StepStatistics
+    from lightning_privacy.clipping.statistics import StepStatistics
 
 _USUAL = ("val_loss", "val/loss", "valid_loss", "validation_loss", "loss/val")
 # Each holds a few numbers for each unit of its draw.
@@ -64,6 +64,31 @@ class Tally:
             }
             if last.noise_to_signal is not None:
                 self.latest["noise_to_signal"] = min(last.noise_to_signal, 1e9)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for a process that was not there.
+
+        Returns:
+            All that was noted.
+        """
+        self.catch_up()
+        return {
+            "units": self.units,
+            "nonfinite": self.nonfinite,
+            "clipped": self._clipped,
+            "latest": self.latest,
+            "validation_loss": self.validation_loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what another process has noted.
+
+        Args:
+            state: What `state_dict` returned there.
+        """
+        self.units, self.nonfinite = state["units"], state["nonfinite"]
+        self._clipped, self.latest = state["clipped"], dict(state["latest"])
+        self.validation_loss = state["validation_loss"]
 
     def note_validation(self, metrics: Mapping[str, Any]) -> None:
         """Remember the validation loss.

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_privacy.callbacks import _planning, _validation
+from lightning_privacy.callbacks import _planning, _ranks, _validation
+from lightning_privacy.callbacks._begin import checked_parameters, make_step
 from lightning_privacy.callbacks._bookings import Bookings
-from lightning_privacy.callbacks._checks import RowChecks
+from lightning_privacy.callbacks._home import Home
+from lightning_privacy.callbacks._logging import log_step
 from lightning_privacy.callbacks._planning import EpsilonSoFar, epsilon_of
 from lightning_privacy.callbacks._population import population_of
 from lightning_privacy.callbacks._settings import PrivacySettings
-from lightning_privacy.callbacks._state import STATE_KEY, RunState, local_directory
+from lightning_privacy.callbacks._state import STATE_KEY, RunState, journal_directory
 from lightning_privacy.callbacks._tally import Tally
+from lightning_privacy.distributed import World
 from lightning_privacy.errors import GuaranteeError
-from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_seed
 from lightning_privacy.reports import PrivacySummary, print_summary
 from lightning_privacy.sampling import PrivateLoader
 from lightning_privacy.sampling.loader import check_loader
-from lightning_privacy.strategies import PrivateRun, privatize
+from lightning_privacy.strategies import joined, privatize, require_return, run_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling.users import UserIds
     from lightning_privacy.step import PrivateStep
+    from lightning_privacy.strategies import PrivateRun
     from lightning_privacy.tiers import TierPolicy
     from lightning_privacy.types import (
         AccountantName,
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
         UserSampling,
         UserUpdate,
     )
-
-_EACH_STEP: Final[dict[str, Any]] = {"on_step": True, "on_epoch": False, "batch_size": 1}
 
 
 class DifferentialPrivacy(Callback):
@@ -171,13 +171,14 @@ class DifferentialPrivacy(Callback):
         self._bookings = Bookings(ledger, journal)
         self._state = RunState()
         self._tally = Tally()
-        self._secret = b""
+        self.home = Home(self._state, self._tally)
+        self._secret = self._noise_secret = b""
+        self._world = World()
         self._stage: str | None = None
         self._restored = False
         self._trainer: Any = None
         self._run: PrivateRun | None = None
         self._so_far: EpsilonSoFar | None = None
-        self._planned_epsilon = 0.0
 
     # ------------------------------------------------------------------ what a user may ask
     @property
@@ -188,6 +189,7 @@ class DifferentialPrivacy(Callback):
     @property
     def steps(self) -> int:
         """Private steps charged so far, over all fits and resumes of this run."""
+        self.home.require()
         return self._state.ledger.count
 
     def epsilon(self) -> float:
@@ -196,6 +198,7 @@ class DifferentialPrivacy(Callback):
         Returns:
             ε >= 0; infinite in deterministic test mode once a step was made.
         """
+        self.home.require()
         plan = self._state.plan
         return 0.0 if plan is None else epsilon_of(self._state.ledger.releases, plan)
 
@@ -208,6 +211,7 @@ class DifferentialPrivacy(Callback):
         Raises:
             GuaranteeError: Nothing was trained yet.
         """
+        self.home.require()
         plan = self._state.plan
         if plan is None:
             raise GuaranteeError(
@@ -219,7 +223,7 @@ class DifferentialPrivacy(Callback):
         self._tally.catch_up()
         return PrivacySummary(
             plan=plan,
-            epsilon=max(self._planned_epsilon, self.epsilon()),
+            epsilon=max(self._state.planned_epsilon, self.epsilon()),
             epsilon_at_stop=self.epsilon(),
             planned_steps=plan.steps,
             steps=self.steps,
@@ -236,17 +240,20 @@ class DifferentialPrivacy(Callback):
         self._stage = stage
         if stage != "fit":
             return
-        _validation.refuse_trainer(trainer, pl_module, self)
+        self._world = joined(trainer.strategy)
+        self.home.arrive()
+        self._world.together(lambda: _validation.refuse_trainer(trainer, pl_module, self))
         strategy: Any = trainer.strategy
+        require_return(strategy)
         # Single inheritance keeps the layout, so that the class of an instance may be switched.
         ordinary: type[Any] = type(strategy)
         strategy.__class__ = privatize(ordinary)  # type: ignore[arg-type]
         seed = self.settings.test_seed
-        self._secret = fresh_secret() if seed is None else secret_from_seed(seed)
+        self._secret, self._noise_secret = _ranks.secrets_of(self._world, self._state, seed)
         self._trainer, self._restored = trainer, False
         if trainer.global_step == 0:
             self._state.steps = 0
-        self._run = strategy.private_run = PrivateRun(
+        self._run = strategy.private_run = run_for(strategy)(
             strategy,
             prepare_loader=self._prepare_loader,
             start=self._start,
@@ -254,6 +261,7 @@ class DifferentialPrivacy(Callback):
             record=self._tally.add,
             drawn=self._state.drawn,
             independent_buffers=self.settings.independent_buffers,
+            world=self._world,
         )
 
     def _prepare_loader(self, dataloader: Any) -> PrivateLoader:
@@ -263,14 +271,15 @@ class DifferentialPrivacy(Callback):
         sampling = _planning.sampling_of(self.settings, dataloader, trainer.world_size, population)
         first = self._so_far is None
         plan = _planning.make_plan(self.settings, state, trainer, sampling)
+        _ranks.require_one_plan(self._world, plan, len(dataloader.dataset))
         to_come = plan.release(plan.steps - state.ledger.count)
-        self._planned_epsilon = epsilon_of([*state.ledger.releases, to_come], plan)
-        self._so_far = EpsilonSoFar(plan, self._planned_epsilon)
+        self._state.planned_epsilon = epsilon_of([*state.ledger.releases, to_come], plan)
+        self._so_far = EpsilonSoFar(plan, self._state.planned_epsilon)
         if first:
             rank_zero_info(f"DifferentialPrivacy: {sampling.note}.")
         return PrivateLoader(
             dataloader,
-            population.sampler(plan, self._secret),
+            _ranks.sharded(population.sampler(plan, self._secret), self._world),
             sampling.steps_per_epoch,
             lambda: state.cursor,
             whole_draws=not trainer.lightning_module.automatic_optimization,
@@ -278,25 +287,17 @@ class DifferentialPrivacy(Callback):
 
     def _start(self) -> PrivateStep:
         trainer, plan = self._trainer, self._state.plan
-        module = trainer.lightning_module
         if trainer.ckpt_path is not None and trainer.global_step and not self._restored:
             raise _validation.state_missing(trainer.global_step)
         assert plan is not None
-        parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        _validation.refuse_module(module, self.settings.independent_buffers)
-        _validation.refuse_optimizers(trainer.optimizers, {id(p): n for n, p in parameters.items()})
-        _validation.warn_compiled(module)
         assert self._run is not None
-        layouts = RowChecks(self.settings, trainer, self._run, parameters).before_training()
-        self._bookings.reserve(self._state)
+        parameters, layouts = checked_parameters(self.settings, self._run, self._world)
+        if self._world.is_first:
+            self._bookings.reserve(self._state)
         if trainer.checkpoint_callbacks:
             self._open_journal()
-        step = self.settings.step_type(
-            parameters=parameters,
-            plan=plan,
-            noise=GaussianNoise(self._secret),
-            loss_reduction=self.settings.loss_reduction,
-            local_rate=self.settings.local_learning_rate or 0.0,
+        step = make_step(
+            self.settings, self._run, self._world, parameters, plan, self._noise_secret
         )
         step.layouts = layouts
         return step
@@ -313,14 +314,7 @@ class DifferentialPrivacy(Callback):
         if trainer.barebones or self._so_far is None:
             return
         spent = self._so_far.at(state.ledger.count)
-        if math.isfinite(spent):
-            spent = math.ceil(spent * 1000) / 1000  # the progress bar shows three digits
-        pl_module.log("privacy/epsilon", spent, prog_bar=True, **_EACH_STEP)
-        every = self._trainer.log_every_n_steps
-        if every and state.ledger.count % every == 0:
-            self._tally.catch_up()
-            for name, value in self._tally.latest.items():
-                pl_module.log(f"privacy/{name}", value, **_EACH_STEP)
+        log_step(pl_module, spent, state.ledger.count, self._tally)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -341,8 +335,10 @@ class DifferentialPrivacy(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Give every parameter its own class back and close the books."""
+        """Give every parameter its own class back, close the books, and tell the other ranks."""
+        world = self._world
         self._close(trainer)
+        world.fail(exception)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -355,7 +351,9 @@ class DifferentialPrivacy(Callback):
             return
         self._run.close()
         self._state.settle_journal()
-        self._bookings.settle(self._state)
+        if self._world.is_first:
+            self._bookings.settle(self._state)
+        self._world = World()
         # Without a run the strategy validates, tests and predicts as ever, and refuses to fit.
         trainer.strategy.private_run = self._run = None
         self._so_far = None
@@ -380,20 +378,18 @@ class DifferentialPrivacy(Callback):
         # Validation, test and prediction load callbacks, too, and must not turn the ledger back.
         if self._stage not in {"fit", None}:
             return
-        directories = [self._journal_directory()]
+        directories = [journal_directory(self.settings.journal_dir, self._trainer)]
         if self._trainer is not None and self._trainer.ckpt_path is not None:
             directories.append(Path(self._trainer.ckpt_path).parent)
-        self._state.restore(state_dict, directories, self.settings.journal)
+        self._world.together(lambda: self._restore(state_dict, directories))
         self._restored = True
 
-    def _open_journal(self) -> None:
-        if self.settings.journal and self.settings.test_seed is None:
-            self._state.open_journal(self._journal_directory())
+    def _restore(self, state_dict: Mapping[str, Any], directories: list[Path]) -> None:
+        # The journal lies where rank 0 can read it; what it charges is charged everywhere.
+        journal = self.settings.journal and self._world.is_first
+        self._state.restore(state_dict, directories, journal)
+        self._state.agree(self._world)
 
-    def _journal_directory(self) -> Path:
-        if self.settings.journal_dir is not None:
-            return Path(self.settings.journal_dir)
-        if self._trainer is None:
-            return Path()
-        checkpoints = getattr(self._trainer.checkpoint_callback, "dirpath", None)
-        return local_directory(checkpoints or self._trainer.default_root_dir)
+    def _open_journal(self) -> None:
+        if self.settings.journal and self.settings.test_seed is None and self._world.is_first:
+            self._state.open_journal(journal_directory(self.settings.journal_dir, self._trainer))

@@ -43,7 +43,7 @@ class RowCopies:
         self._gradients: dict[str, Tensor] = {}
         self._names = tuple(values)
         copies = apply(_HandOut, anchor, self, *values.values())
-        self._copies = dict(zip(self._names, copies, strict=True))
+        self._copies: dict[str, Tensor] = dict(zip(self._names, copies, strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
         """``[B, *shape]``, a part of the graph."""
@@ -93,5 +93,6 @@ class _HandOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
-        ctx.owner.deliver(tuple(None if g is None else g.detach() for g in gradients))
-        return (None,) * ctx.inputs
+        owner: RowCopies = ctx.owner
+        owner.deliver(tuple(None if g is None else g.detach() for g in gradients))
+        return (None,) * int(ctx.inputs)

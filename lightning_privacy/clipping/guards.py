@@ -136,6 +136,11 @@ class StateGuard:
         return [name for name, after, before in pieces if not torch.equal(after, before)]
 
     @property
+    def values(self) -> dict[str, int]:
+        """A fingerprint of each tensor at the last `snapshot` with values; else nothing."""
+        return self._values
+
+    @property
     def modules(self) -> list[tuple[str, nn.Module]]:
         """All modules by name; searched anew only when one was added or removed."""
         if sum(len(part._modules) for _, part in self._modules) != len(self._modules) - 1:
@@ -145,7 +150,8 @@ class StateGuard:
     def _walk(self) -> list[_Entry]:
         """All parameters and buffers. Every step does this thrice, so nothing is formatted here."""
         return [
-            (prefix, name, tensor)
+            # Of a tensor that lies on several ranks, the part that is here.
+            (prefix, name, getattr(tensor, "_local_tensor", tensor))
             for prefix, part in self.modules
             for held in (part._parameters, part._buffers)
             if held

@@ -21,7 +21,7 @@ from lightning_privacy.clipping.contributions import (
 from lightning_privacy.clipping.products import full_precision, skips_zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lightning_privacy.clipping.buffer import RowBuffer
     from lightning_privacy.clipping.norms import ClippingRule
@@ -155,6 +155,7 @@ def clipped_sum(
     rule: ClippingRule,
     buffer: RowBuffer | None = None,
     share: float = 1.0,
+    add: Callable[[str, Tensor], None] | None = None,
 ) -> ClippedSum:
     """Clip each unit's gradient by ``rule`` and add up.
 
@@ -170,6 +171,8 @@ def clipped_sum(
         rule: how to clip.
         buffer: the rest of the rows' gradients; only for a rule with one group.
         share: what the sum is multiplied by.
+        add: takes each parameter's sum as soon as it is there, so that not all are held at once;
+            ``gradients`` is empty then.
     """
     if buffer is not None:
         found[_BUFFER] = [Dense(buffer.gradients)]
@@ -182,7 +185,15 @@ def clipped_sum(
     taken = finite & members
     factors = torch.where(taken, rule.factors(torch.where(taken, by_group, 0)), 0)
     weights = factors * scale.to(factors.dtype) * share
-    gradients = _sums(gathered, parameters, weights, rule, taken)
+    gradients: dict[str, Tensor] = {}
+
+    def keep(name: str, total: Tensor) -> None:
+        if add is None or not name:
+            gradients[name] = total
+        else:
+            add(name, total)
+
+    _sum_up(gathered, parameters, weights, rule, taken, keep)
     norms = torch.where(taken, squared, 0).sqrt()
     smallest = factors.amin(0) if len(factors) else torch.ones_like(norms)
     buffered = gradients.pop(_BUFFER, None)
@@ -204,14 +215,15 @@ def _group_norms(
     return totals * scale.to(totals.dtype).square()
 
 
-def _sums(
+def _sum_up(
     gathered: dict[str, list[Contribution]],
     parameters: Mapping[str, nn.Parameter],
     weights: Tensor,
     rule: ClippingRule,
     taken: Tensor,
-) -> dict[str, Tensor]:
-    """Weighted sums by name, with exact zeros for units that are not ``taken [U]``.
+    keep: Callable[[str, Tensor], None],
+) -> None:
+    """``keep`` the weighted sums in order, with exact zeros for units that are not ``taken [U]``.
 
     Whether all units are taken has to be known before most sums, and to learn it is to wait for a
     GPU. So it is given the first few before, which are done again in the rare other case.
@@ -221,21 +233,19 @@ def _sums(
         shape = parameters[name].shape if name else torch.Size([-1])
         return _weighted(items, weights[rule.group_of(name)], shape)
 
-    gradients = {}
-    for name in [name for name, items in gathered.items() if all(map(_skips_zeros, items))]:
-        gradients[name] = total(name, gathered.pop(name))
-    if not gathered:
-        return gradients
-    early = [*gathered][:_AHEAD] if taken.is_cuda else []
-    ahead = {name: total(name, gathered[name]) for name in early}
-    excluded = None if bool(taken.all()) else ~taken
+    ahead: dict[str, Tensor] | None = None
+    excluded = None
     for name in [*gathered]:
+        if ahead is None and not all(map(_skips_zeros, gathered[name])):
+            early = [*gathered][:_AHEAD] if taken.is_cuda else []
+            ahead = {name: total(name, gathered[name]) for name in early}
+            if not bool(taken.all()):
+                excluded, ahead = ~taken, {}
         items = gathered.pop(name)
         if excluded is not None:
             items = [item.without(excluded) for item in items]
-            ahead.pop(name, None)
-        gradients[name] = ahead.pop(name) if name in ahead else total(name, items)
-    return gradients
+        known = ahead.pop(name, None) if ahead else None
+        keep(name, total(name, items) if known is None else known)
 
 
 def _skips_zeros(item: Contribution) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_privacy.sampling.base import MicroBatch, UnitRows, micro_batches, packed
 from lightning_privacy.sampling.poisson import PoissonSampler
 from lightning_privacy.sampling.rate import ResolvedSampling, resolve_sampling
+from lightning_privacy.sampling.shards import ShardedSampler
 from lightning_privacy.sampling.user_draws import BoundedSampler, UserSampler
 from lightning_privacy.sampling.users import UserIndex, user_index
 from lightning_privacy.sampling.views import ViewSampler
@@ -23,6 +24,7 @@ __all__ = [
     "PoissonSampler",
     "PrivateLoader",
     "ResolvedSampling",
+    "ShardedSampler",
     "UnitRows",
     "UserIndex",
     "UserSampler",

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from lightning_privacy.strategies.base import privatize
+from lightning_privacy.strategies.ddp import PrivateDDPStrategy
+from lightning_privacy.strategies.fsdp import PrivateFSDPStrategy
+from lightning_privacy.strategies.kinds import joined, run_for
+from lightning_privacy.strategies.launching import require_return
 from lightning_privacy.strategies.run import PrivateRun
 from lightning_privacy.strategies.single import PrivateSingleDeviceStrategy
 
-__all__ = ["PrivateRun", "PrivateSingleDeviceStrategy", "privatize"]
+__all__ = [
+    "PrivateDDPStrategy",
+    "PrivateFSDPStrategy",
+    "PrivateRun",
+    "PrivateSingleDeviceStrategy",
+    "joined",
+    "privatize",
+    "require_return",
+    "run_for",
+]

@@ -6,6 +6,8 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
+from lightning_privacy.strategies.launching import configure_launcher
+from lightning_privacy.strategies.replicas import replicate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from lightning_privacy.strategies.run import PrivateRun
 
 SINGLE_DEVICE = "SingleDeviceStrategy"
+DATA_PARALLEL = "DDPStrategy"
+SHARDED = "ModelParallelStrategy"
 
 
 @functools.cache
@@ -30,15 +34,15 @@ def privatize(base: type[Strategy]) -> type[Strategy]:
     test and prediction, and refuses to fit.
 
     Args:
-        base: A single-device strategy class of ``lightning.pytorch`` or ``pytorch_lightning``, or
-            a subclass of one.
+        base: `SingleDeviceStrategy`, `DDPStrategy` or `ModelParallelStrategy` of
+            ``lightning.pytorch`` or ``pytorch_lightning``, or a subclass of one.
 
     Returns:
         ``Private<base>``; ``base`` itself if it is private already.
 
     Raises:
-        UnsupportedOperationError: There is no private counterpart: the strategy runs several
-            processes, or a library of its own runs backward and step.
+        UnsupportedOperationError: There is no private counterpart: gradients are added up inside
+            the backward, or a library of its own runs backward and step.
     """
     if getattr(base, "is_private", False):
         return base
@@ -47,12 +51,6 @@ def privatize(base: type[Strategy]) -> type[Strategy]:
     class Private(base):  # type: ignore[misc, valid-type]
         is_private = True
         private_run: PrivateRun | None = None
-        # Lightning fills this in for a strategy that was chosen by name: it looks for the name.
-        parallel_devices: list[torch.device] | None = None
-
-        @property
-        def root_device(self) -> torch.device:
-            return _chosen_device(super().root_device, self.parallel_devices)
 
         def setup(self, trainer: Any) -> None:
             _require_callback_and_one_device(self, trainer)
@@ -79,9 +77,28 @@ def privatize(base: type[Strategy]) -> type[Strategy]:
             route = _routed(self, "optimizer_step", super().optimizer_step)
             return route(optimizer, closure, *arguments, **named)
 
+    if _is(base, DATA_PARALLEL):
+        _replicate(Private, base)
+    elif _is(base, SINGLE_DEVICE):
+        _choose_device(Private, base)
     Private.__name__ = Private.__qualname__ = f"Private{base.__name__}"
     Private.__doc__ = f"`{base.__name__}` with private training; see `privatize`."
     return Private
+
+
+def _replicate(private: Any, base: Any) -> None:
+    private.configure_ddp = replicate
+    private._configure_launcher = lambda self: configure_launcher(
+        self, functools.partial(base._configure_launcher, self)
+    )
+
+
+def _choose_device(private: Any, base: Any) -> None:
+    # Lightning fills this in for a strategy that was chosen by name: it looks for the name.
+    private.parallel_devices = None
+    private.root_device = property(
+        lambda self: _chosen_device(base.root_device.fget(self), self.parallel_devices)
+    )
 
 
 def _chosen_device(own: torch.device, found: list[torch.device] | None) -> torch.device:
@@ -116,12 +133,12 @@ def _require_callback_and_one_device(strategy: Any, trainer: Any) -> None:
             ),
         )
     devices = strategy.parallel_devices or []
-    if len(devices) > 1:
+    if len(devices) > 1 and _is(type(strategy), SINGLE_DEVICE):
         raise UnsupportedOperationError(
             must=f"{name} trains on one device",
             found=f"devices={len(devices)}",
             cost="one process would run, on one device, at a batch size that nobody asked for",
-            remedy="pass Trainer(devices=1)",
+            remedy='pass Trainer(devices=1), or strategy="private_ddp"',
         )
 
 
@@ -129,13 +146,30 @@ def _nothing() -> None:
     """What an ordinary strategy does when a batch is handed out."""
 
 
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether a strategy keeps parameters sharded.
+
+    Args:
+        strategy: Any strategy.
+
+    Returns:
+        True for Lightning's `ModelParallelStrategy` and subclasses, private or not.
+    """
+    return _is(type(strategy), SHARDED)
+
+
+def _is(strategy: type, name: str) -> bool:
+    return any(ancestor.__name__ == name for ancestor in strategy.__mro__)
+
+
 def _require_counterpart(base: type[Strategy]) -> None:
-    names = [ancestor.__name__ for ancestor in base.__mro__]
-    if SINGLE_DEVICE in names and not any("XLA" in name for name in names):
+    foreign = any(_is(base, name) for name in ("SingleDeviceXLAStrategy", "DeepSpeedStrategy"))
+    if any(_is(base, name) for name in (SINGLE_DEVICE, DATA_PARALLEL, SHARDED)) and not foreign:
         return
     raise UnsupportedOperationError(
         must="the trainer's strategy has a private counterpart",
         found=f"{base.__name__}, which has none",
         cost="unclipped gradients would be added up across processes before anything is clipped",
-        remedy='train on one device: Trainer(devices=1), by name strategy="private"',
+        remedy='train on one device (strategy="private"), on several (strategy="private_ddp"), or '
+        'with sharded parameters (strategy="private_fsdp")',
     )

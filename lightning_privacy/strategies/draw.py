@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_privacy.strategies.refusals import second_backward
 
 if TYPE_CHECKING:
-    from lightning_privacy.sampling import UnitRows
+    from lightning_privacy.sampling import MicroBatch, PrivateLoader, UnitRows
     from lightning_privacy.step import PrivateStep
 
 
@@ -120,6 +120,36 @@ class RowMean:
             return output
         shown = loss + (self.total / self.rows - loss.detach())
         return {**output, "loss": shown} if isinstance(output, Mapping) else shown
+
+
+def next_batch(strategy: Any, loader: PrivateLoader) -> Any:
+    """Fetch the next micro-batch of a draw, as Lightning fetches a batch.
+
+    Args:
+        strategy: The trainer's strategy.
+        loader: The loader of the draw.
+
+    Returns:
+        The batch, on the device.
+    """
+    # The only private name of Lightning's used here, with `_results` below: the hooks around a
+    # transfer have to run for each micro-batch exactly as Lightning runs them for a batch.
+    batch = strategy.precision_plugin.convert_input(loader.next_micro())
+    batch = strategy.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def weigh(trainer: Any, batch: Any, micro: MicroBatch) -> None:
+    """Say what ``self.log(on_epoch=True)`` averages with: the real rows of this micro-batch.
+
+    Args:
+        trainer: The trainer.
+        batch: The micro-batch, on the device.
+        micro: Its rows.
+    """
+    results = trainer._results
+    if results is not None:
+        results.batch, results.batch_size = batch, micro.drawn
 
 
 def loss_in(output: Any) -> Any:

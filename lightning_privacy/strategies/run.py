@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lightning_privacy.clipping.guards import StateGuard
 from lightning_privacy.clipping.label_means import LabelWatch
-from lightning_privacy.strategies.draw import Draw, Repeats, RowMean, loss_in
+from lightning_privacy.distributed import World
+from lightning_privacy.step import PrivateStep
+from lightning_privacy.strategies.draw import Draw, Repeats, RowMean, loss_in, next_batch, weigh
 from lightning_privacy.strategies.refusals import (
     accumulation_refused,
     closure_called_again,
@@ -30,13 +32,15 @@ from lightning_privacy.strategies.refusals import (
     uncovered,
     warn_never_stepped,
 )
+from lightning_privacy.strategies.replicas import require_same
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
+    from torch import nn
     from torch.optim import Optimizer
 
-    from lightning_privacy.sampling import MicroBatch, PrivateLoader
-    from lightning_privacy.step import PrivateStep, StepStatistics
+    from lightning_privacy.clipping.statistics import StepStatistics
+    from lightning_privacy.sampling import PrivateLoader
 
 StepFunction = Callable[..., Any]
 
@@ -62,6 +66,7 @@ class PrivateRun:
         record: Called with the statistics of each draw's first release.
         drawn: Called when a draw is handed out, with the position of the next one.
         independent_buffers: Names or patterns of buffers declared to be independent of the data.
+        world: The ranks of the fit.
 
     Attributes:
         recheck: Repeats the check of independence, between two draws; gets what a training step
@@ -69,7 +74,7 @@ class PrivateRun:
         labels: Watches means over labels; the checks tell it whether there are any.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each thing that a fit does in its own way
         self,
         strategy: Strategy,
         *,
@@ -79,8 +84,10 @@ class PrivateRun:
         record: Callable[[StepStatistics], None],
         drawn: Callable[[int], None],
         independent_buffers: Sequence[str] = (),
+        world: World | None = None,
     ) -> None:
         self.strategy = strategy
+        self.world = world or World()
         self.loader: PrivateLoader | None = None
         self.step: PrivateStep | None = None
         self._covered: frozenset[int] = frozenset()
@@ -95,6 +102,12 @@ class PrivateRun:
         self._repeats = Repeats()
         self.recheck: Callable[..., None] | None = None
         self.labels = LabelWatch()
+
+    step_class: Callable[..., PrivateStep] = PrivateStep
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, as operations see them."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     # ------------------------------------------------------------------ loader and draws
     def prepare_loader(self, dataloader: object) -> PrivateLoader:
@@ -112,7 +125,7 @@ class PrivateRun:
         reloads = self.trainer.reload_dataloaders_every_n_epochs
         if self.loader is not None and self.step is None and not reloads:
             raise loaders_refused("train_dataloader gives several")
-        self.loader = self._prepare_loader(dataloader)
+        self.loader = self.world.together(lambda: self._prepare_loader(dataloader))
         return self.loader
 
     def hand_out(self, ordinary: Callable[[], None]) -> None:
@@ -124,8 +137,8 @@ class PrivateRun:
         ordinary()
         self._require_own_loader()
         if self.step is None:
-            self.step = self._start()
-            self._covered = frozenset(map(id, self.step.parameters.values()))
+            self.step = self.world.together(self._start)
+            self._covered = frozenset(map(id, self.step.held.values()))
         self._drawn(self._loader().cursor_of_current + 1)
 
     # ------------------------------------------------------------------ the strategy's methods
@@ -258,8 +271,8 @@ class PrivateRun:
         output, losses = None, RowMean()
         for position, micro in enumerate(micro_batches):
             if position:
-                batch = self._next_batch()
-            self._weigh_logs(batch, micro)
+                batch = next_batch(self.strategy, self._loader())
+            weigh(self.trainer, batch, micro)
             step.begin(micro.weights, micro.units)
             with self.labels.watching(len(micro.weights)):
                 output = ordinary(batch, *arguments)
@@ -276,7 +289,7 @@ class PrivateRun:
         if len(micro_batches) != 1:
             raise draw_was_split(len(micro_batches))
         self._draw.weights, self._draw.units = micro_batches[0].weights, micro_batches[0].units
-        self._weigh_logs(batch, micro_batches[0])
+        weigh(self.trainer, batch, micro_batches[0])
         self._step().begin(self._draw.weights, self._draw.units)
         with self.labels.watching(len(self._draw.weights)):
             output = ordinary(batch, *arguments)
@@ -294,7 +307,7 @@ class PrivateRun:
         if self._draw.releases and self._draw.cursor == cursor:
             raise draw_stepped_again()
         if self._watched:
-            self._guard.verify("between training steps")
+            self._verify_state("between training steps")
         due = self.recheck is not None and self._repeats.due(self.trainer.current_epoch)
         if due and self.recheck is not None:
             self.recheck(*arguments)
@@ -309,9 +322,10 @@ class PrivateRun:
         step.abort_micro_batch()
         if not step.pending:
             raise nothing_to_release(optimizer)
-        self._guard.verify("during a training step")
+        self._verify_state("during a training step")
         self.labels.verify()
         number = self._charge(draw.releases)
+        self.world.meet(draw.cursor, number)
         every = self.trainer.log_every_n_steps
         logged = bool(every) and (number + 1) % every == 0
         statistics = step.release(number, held, signal=logged)
@@ -325,32 +339,23 @@ class PrivateRun:
         if self._watched:
             self._watch_state()
 
-    def _watch_state(self) -> None:
+    def _verify_state(self, moment: str) -> None:
+        self._guard.verify(moment)
+
+    def _watch_state(self, replicas: World | None = None) -> None:
         # Contents too at steps 1, 2, 4, 8, …: only they show a write through `.data`.
         self._guard.snapshot(values=self._released & (self._released - 1) == 0)
+        require_same(replicas or self.world, self._guard.values)
         self._watched = True
-
-    def _next_batch(self) -> Any:
-        # The only private name of Lightning's used here, with `_results` below: the hooks around a
-        # transfer have to run for each micro-batch exactly as Lightning runs them for a batch.
-        strategy = self.strategy
-        batch = strategy.precision_plugin.convert_input(self._loader().next_micro())
-        batch = self.module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return strategy.batch_to_device(batch, dataloader_idx=0)
-
-    def _weigh_logs(self, batch: Any, micro: MicroBatch) -> None:
-        # What `self.log(on_epoch=True)` averages with: the real rows of this micro-batch.
-        results = self.trainer._results
-        if results is not None:
-            results.batch, results.batch_size = batch, micro.drawn
 
     # ------------------------------------------------------------------ guards
     @contextmanager
     def _restoring(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.abort()
+            self.world.fail(error)
             raise
 
     def _require_own_loader(self) -> None:

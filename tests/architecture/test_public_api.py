@@ -18,6 +18,8 @@ SURFACE = {
     "PrivacyLedger",
     "PrivacyPlan",
     "PrivacyUnit",
+    "PrivateDDPStrategy",
+    "PrivateFSDPStrategy",
     "PrivateSingleDeviceStrategy",
     "UnsupportedOperationError",
     "__version__",

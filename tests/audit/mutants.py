@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_privacy import DifferentialPrivacy
 from lightning_privacy import step as step_module
 from lightning_privacy.accounting import GaussianRelease, Ledger
-from lightning_privacy.callbacks import _planning, _state, differential_privacy
+from lightning_privacy.callbacks import _planning, _ranks, _state, differential_privacy
 from lightning_privacy.clipping.norms import FlatClipping, clipping_rule
 from lightning_privacy.noise import GaussianNoise, secret_from_seed
 from lightning_privacy.plan import PrivacyPlan
@@ -173,7 +173,7 @@ def secrets_that_follow_from_the_seed() -> Iterator[Audited]:
     def secret() -> bytes:
         return secret_from_seed(torch.initial_seed())
 
-    with patched(differential_privacy, "fresh_secret", secret) as audited:
+    with patched(_ranks, "fresh_secret", secret) as audited:
         yield audited
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
 )
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -141,18 +140,6 @@ def test_settings_for_users_belong_together(arguments: dict[str, Any], must: str
 )
 def test_settings_of_the_trainer(tmp_path: Path, options: dict[str, Any], found: str) -> None:
     assert found in refused(tmp_path, **options).found
-
-
-@pytest.mark.parametrize("strategy", ["ddp", DDPStrategy(process_group_backend="gloo")])
-def test_distributed_strategies(tmp_path: Path, strategy: Any) -> None:
-    before = dict(os.environ)
-    try:
-        assert "DDPStrategy" in refused(tmp_path, strategy=strategy).found
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def test_a_gradient_scaler(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def check(line: str) -> None:
         assert (ROOT / arguments[0]).is_file()
     elif program == "lightning-privacy":
         check_own_command(arguments)
+    elif program in {"torchrun", "srun"}:
+        started = next(n for n, word in enumerate(arguments) if "privacy" in word)
+        check_own_command(arguments[started + 1 :])
     else:
         assert line in OTHERS, f"nothing checks this command: {line}"
 

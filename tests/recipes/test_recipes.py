@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from transformers import AutoTokenizer
 from lightning_privacy.cli import main
 from lightning_privacy.cli.planning import _plan_of_recipe
 from lightning_privacy.cli.training import PrivacyCLI, read_recipe
+from tests.distributed.worlds import Processes
 from tests.models.checkpoints import write_checkpoint
 
 for package in ("transformers", "peft", "bitsandbytes", "datasets"):
@@ -63,22 +67,25 @@ MULTIMODAL = [
     "--trainer.check_val_every_n_epoch=1",
 ]
 GLYPHS = [*MULTIMODAL, "--data.corpus.n_users=12", "--data.corpus.test_examples=4"]
+SMALL_LLAMA = [
+    "--model.hidden_size=16",
+    "--model.num_layers=1",
+    "--model.num_heads=2",
+    "--model.num_key_value_heads=1",
+    "--model.intermediate_size=32",
+    "--model.vocab_size=300",
+]
 TINY = {
     "multimodal/quick.yaml": GLYPHS,
     "llama7b/qlora_8gb.yaml": LLAMA,
     "llama7b/qlora_12gb.yaml": LLAMA,
     "llama7b/qlora_24gb.yaml": LLAMA,
     "llama7b/classify.yaml": LLAMA,
-    "llama7b/pretrain_1b.yaml": [
-        *LLAMA,
-        "--model.hidden_size=16",
-        "--model.num_layers=1",
-        "--model.num_heads=2",
-        "--model.num_key_value_heads=1",
-        "--model.intermediate_size=32",
-        "--model.vocab_size=300",
-    ],
+    "llama7b/pretrain_1b.yaml": [*LLAMA, *SMALL_LLAMA],
     "quickstart.yaml": [*SMALL_MODEL, "--data.embedded.n_users=60", "--trainer.max_epochs=1"],
+    "distributed/ddp.yaml": FEW_USERS,
+    "distributed/qlora_ddp.yaml": LLAMA,
+    "distributed/pretrain_fsdp.yaml": [*LLAMA, *SMALL_LLAMA],
     "user_level/users.yaml": FEW_USERS,
     "user_level/examples.yaml": FEW_USERS,
     "user_level/tiers.yaml": FEW_USERS,
@@ -102,12 +109,18 @@ def given(checkpoint, folder):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     both = [f"--model.checkpoint={checkpoint}", f"--data.path={path}"]
-    names = [name for name in TINY if name.startswith("llama7b")]
+    names = [name for name in TINY if name.startswith("llama7b") or "qlora" in name]
+    own_text = [both[1], f"--data.tokenizer={checkpoint}"]
     return {
         **{name: [] for name in TINY},
         **dict.fromkeys(names, both),
-        "llama7b/pretrain_1b.yaml": [both[1], f"--data.tokenizer={checkpoint}"],
+        "llama7b/pretrain_1b.yaml": own_text,
+        "distributed/pretrain_fsdp.yaml": own_text,
     }
+
+
+def is_distributed(path: Path) -> bool:
+    return path.parent.name == "distributed"
 
 
 def test_there_are_recipes_and_each_has_a_small_size():
@@ -125,7 +138,8 @@ def test_a_recipe_says_what_it_needs(path):
         f"--config recipes/{name_of(path)}",
     ):
         assert word in header
-    assert yaml.safe_load(path.read_text())["trainer"]["strategy"] == "private"
+    strategy = yaml.safe_load(path.read_text())["trainer"]["strategy"]
+    assert strategy in ({"private_ddp", "private_fsdp"} if is_distributed(path) else {"private"})
 
 
 def undocumented(lines: list[str]) -> list[str]:
@@ -149,7 +163,28 @@ def test_a_recipe_is_explained(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+@pytest.mark.parametrize("path", [p for p in RECIPES if is_distributed(p)], ids=name_of)
+def test_a_distributed_recipe_runs_on_two_ranks(path, folder, given):
+    processes = Processes()
+    words = ["fit", "--config", str(path), *given[name_of(path)], *TINY[name_of(path)]]
+    try:
+        shown = processes.run(command, str(folder), words)
+    finally:
+        processes.stop()
+    assert [code for code, _ in shown] == [0, 0]
+    assert ["epsilon spent" in text for _, text in shown] == [True, False]
+    assert list(folder.rglob("*.ckpt"))
+
+
+def command(folder: str, words: list[str]) -> tuple[int, str]:
+    os.chdir(folder)
+    with redirect_stdout(io.StringIO()) as shown:
+        code = main(words)
+    return code, shown.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in RECIPES if not is_distributed(p)], ids=name_of)
 def test_a_recipe_runs(path, folder, given, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     words = ["fit", "--config", str(path), *given[name_of(path)], *TINY[name_of(path)]]

@@ -10,10 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
-    DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
-    ModelParallelStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
     StrategyRegistry,
@@ -56,7 +54,7 @@ def test_a_class_is_pickled_by_its_place() -> None:
 
 @pytest.mark.parametrize(
     "base",
-    [DDPStrategy, FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceXLAStrategy],
+    [FSDPStrategy, DeepSpeedStrategy, SingleDeviceXLAStrategy],
 )
 def test_strategies_without_a_counterpart(base: type) -> None:
     with pytest.raises(UnsupportedOperationError, match=base.__name__):

@@ -1,0 +1,30 @@
+"""What a private fit logs at each step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from lightning_privacy.callbacks._tally import Tally
+
+_EACH_STEP: Final[dict[str, Any]] = {"on_step": True, "on_epoch": False, "batch_size": 1}
+
+
+def log_step(module: Any, spent: float, count: int, tally: Tally) -> None:
+    """Log ε, and now and then what the last draw looked like.
+
+    Args:
+        module: The module that is trained.
+        spent: The ε so far.
+        count: Private steps so far.
+        tally: What the draws looked like, the same on all ranks.
+    """
+    if math.isfinite(spent):
+        spent = math.ceil(spent * 1000) / 1000  # the progress bar shows three digits
+    module.log("privacy/epsilon", spent, prog_bar=True, **_EACH_STEP)
+    every = module.trainer.log_every_n_steps
+    if every and count % every == 0:
+        tally.catch_up()
+        for name, value in tally.latest.items():
+            module.log(f"privacy/{name}", value, **_EACH_STEP)

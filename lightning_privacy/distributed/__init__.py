@@ -1,0 +1,8 @@
+"""Several processes as one private step: what they agree on, and what they add up."""
+
+from __future__ import annotations
+
+from lightning_privacy.distributed.shards import Shards
+from lightning_privacy.distributed.world import World
+
+__all__ = ["Shards", "World"]

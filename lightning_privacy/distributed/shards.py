@@ -1,0 +1,40 @@
+"""A world in which each rank keeps a shard of every parameter: sums and noise are sharded too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from lightning_privacy.distributed.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+Key = TypeVar("Key")
+
+
+class Shards(World):
+    """Each rank has the sum over all ranks for its shard, and alone draws the noise of that shard.
+
+    Threat model: as for `World`; but what a rank knows of the noise is all of its own shard, and
+    nothing of the others.
+    """
+
+    lockstep = True
+
+    @property
+    def noise_share(self) -> float:
+        """1: a coordinate is on one rank only."""
+        return 1.0
+
+    def summed(self, parts: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
+        """Nothing: shards were added up when they were made.
+
+        Args:
+            parts: This rank's shards.
+
+        Yields:
+            The same.
+        """
+        yield from parts

@@ -1,0 +1,103 @@
+"""The private step where each rank keeps a shard of every parameter (FSDP2).
+
+An operation sees the whole parameter, gathered for it, so each rank captures whole gradients of
+its own examples, and their norms are complete: no norm crosses a rank. The clipped sum of each
+parameter is reduce-scattered as soon as a micro-batch has it, and kept as a shard; each rank draws
+the noise of its shard.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
+from torch.distributed.tensor import DTensor, Partial
+
+from lightning_privacy.step import PrivateStep
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lightning_privacy.sampling import UnitRows
+
+
+class ShardedStep(PrivateStep):
+    """`PrivateStep` over shards.
+
+    All ranks run the same number of micro-batches; in each of them every parameter's sum is
+    reduce-scattered once, in the same order, also where a rank has nothing to add.
+
+    Args:
+        shards: The sharded parameters, which the optimizer holds, by name.
+        named: As for `PrivateStep`; the parameters are the gathered ones.
+    """
+
+    buffering = False
+
+    def __init__(self, *, shards: Mapping[str, nn.Parameter], **named: Any) -> None:
+        super().__init__(**named)
+        self.held = {name: shards[name] for name in self.parameters}
+        self._names |= {id(shard): name for name, shard in self.held.items()}
+        self._to_come = list(self.parameters)
+
+    def begin(self, weights: Sequence[float], units: UnitRows | None = None) -> None:
+        """See `PrivateStep.begin`."""
+        for shard in self.held.values():
+            shard.grad = None
+        super().begin(weights, units)
+        self._to_come = list(self.parameters)
+
+    def end(self) -> None:
+        """See `PrivateStep.end`; then take part in the sums to which this rank adds nothing."""
+        super().end()
+        while self._to_come:
+            self._scatter(self._to_come.pop(0), None)
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        while self._to_come[0] != name:
+            self._scatter(self._to_come.pop(0), None)
+        self._scatter(self._to_come.pop(0), gradient)
+
+    def _scatter(self, name: str, gradient: Tensor | None) -> None:
+        """Add up over ranks; each keeps its shard."""
+        shard, parameter = self.held[name], self.parameters[name]
+        if gradient is None:
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            gradient = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        own = gradient.view(parameter.shape)
+        if isinstance(shard, DTensor):
+            whole = DTensor.from_local(own, shard.device_mesh, [Partial()], run_check=False)
+            own = whole.redistribute(placements=shard.placements).to_local()
+        else:
+            own = self._world.sum_(own.contiguous())
+        super()._add(name, own)
+
+    def _total(self, names: tuple[str, ...]) -> Tensor:
+        parts = []
+        for name in names:
+            total = self._sums.pop(name, None)
+            if total is None:
+                local = _local(self.held[name])
+                total = torch.zeros_like(
+                    local, dtype=torch.promote_types(local.dtype, torch.float32)
+                )
+            parts.append(total.flatten())
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _hand_over(self, names: tuple[str, ...], total: Tensor) -> None:
+        locals_ = [_local(self.held[name]) for name in names]
+        pieces = _unflatten_dense_tensors(total.to(locals_[0].dtype), locals_)
+        for name, piece in zip(names, pieces, strict=True):
+            shard: Any = self.held[name]
+            if isinstance(shard, DTensor):
+                piece = DTensor.from_local(  # noqa: PLW2901 - the same gradient, as the optimizer wants it
+                    piece, shard.device_mesh, shard.placements, run_check=False,
+                    shape=shard.shape, stride=shard.stride(),
+                )  # fmt: skip
+            shard.grad = piece
+
+
+def _local(shard: nn.Parameter) -> Tensor:
+    return shard.to_local().detach() if isinstance(shard, DTensor) else shard.detach()

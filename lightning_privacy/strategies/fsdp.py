@@ -1,0 +1,86 @@
+"""Private training with every parameter sharded over the devices (FSDP2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from typing_extensions import override
+
+from lightning_privacy.strategies.base import privatize
+from lightning_privacy.strategies.sharding import shard
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from lightning.pytorch import Trainer
+
+_UNSET: Any = object()
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Lightning's `ModelParallelStrategy` for data parallelism alone, without ``configure_model``.
+
+    It shards the module itself: each block of its ``torch.nn.ModuleList``, then what remains. A
+    module that calls ``fully_shard`` in ``configure_model`` keeps its own way.
+
+    Args:
+        save_distributed_checkpoint: Whether a checkpoint is a folder to which each rank writes its
+            shard, or one file, which any strategy can read.
+        process_group_backend: As for `ModelParallelStrategy`.
+        timeout: As for `ModelParallelStrategy`; its default if left out.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        named: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            **named,
+        )
+
+    @override
+    def setup_environment(self) -> None:
+        """All ranks are data parallel."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        """Shard the module, unless it has done so, before the optimizers are made."""
+        module: Any = self.lightning_module
+        shard(module, self.device_mesh["data_parallel"])
+        own = vars(module).get("configure_model", _UNSET)
+        # Lightning wants the module to have sharded itself; it was called before, if there is one.
+        module.configure_model = _sharded_already
+        try:
+            super().setup(trainer)
+        finally:
+            if own is _UNSET:
+                del module.configure_model
+            else:
+                module.configure_model = own
+
+
+def _sharded_already() -> None:
+    """Stands for a ``configure_model`` that shards."""
+
+
+PrivateFSDPStrategy = privatize(FullyShardedStrategy)
+"""What ``Trainer(strategy="private_fsdp")`` names: parameters sharded by FSDP2, made private."""
+# A class is pickled by the place where it can be imported from.
+PrivateFSDPStrategy.__module__ = __name__
+PrivateFSDPStrategy.__name__ = PrivateFSDPStrategy.__qualname__ = "PrivateFSDPStrategy"
+
+StrategyRegistry.register(
+    "private_fsdp",
+    PrivateFSDPStrategy,
+    description="differentially private training with parameters sharded over devices (FSDP2)",
+    override=True,
+)

@@ -1,0 +1,37 @@
+"""Which world and which run go with a strategy: of replicas, or of shards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_privacy.distributed import Shards, World
+from lightning_privacy.strategies.base import is_sharded
+from lightning_privacy.strategies.run import PrivateRun
+from lightning_privacy.strategies.sharded_run import ShardedRun
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+
+def joined(strategy: Strategy) -> World:
+    """Join the other ranks of a fit.
+
+    Args:
+        strategy: The trainer's strategy.
+
+    Returns:
+        The ranks.
+    """
+    return Shards.join() if is_sharded(strategy) else World.join()
+
+
+def run_for(strategy: Strategy) -> type[PrivateRun]:
+    """The kind of run that drives a fit.
+
+    Args:
+        strategy: The trainer's strategy.
+
+    Returns:
+        A class.
+    """
+    return ShardedRun if is_sharded(strategy) else PrivateRun

@@ -1,0 +1,125 @@
+"""FSDP2 for a module that knows nothing of it: which parts are sharded, and what a step sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lightning_privacy.errors import UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a LightningModule: each block of a list of blocks, then each of its direct children.
+
+    The module itself is left alone: Lightning calls its ``training_step``, not its ``forward``.
+
+    Args:
+        module: The LightningModule. One that holds a sharded part already is not touched.
+        mesh: One dimension, the ranks.
+
+    Raises:
+        UnsupportedOperationError: A parameter belongs to the LightningModule itself.
+    """
+    if any(True for _ in sharded_parts(module)):
+        return
+    own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+    if own:
+        raise UnsupportedOperationError(
+            must="every trainable parameter belongs to a part of the LightningModule",
+            found=f"{', '.join(own)} of the LightningModule itself",
+            cost="a parameter that is gathered for no operation, and whole on every rank",
+            remedy="put it into a torch.nn.Module, and assign that to an attribute",
+        )
+    for child in module.children():
+        if next(child.parameters(), None) is None:
+            continue
+        whole = {p for p in child.parameters() if not _can_be_sharded(p)}
+        for block in _blocks(child):
+            fully_shard(block, mesh=mesh, ignored_params=whole)
+        fully_shard(child, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+
+
+def sharded_parts(module: nn.Module) -> Iterator[Any]:
+    """Find the parts whose parameters are gathered together.
+
+    Args:
+        module: Any module.
+
+    Yields:
+        Each part that ``fully_shard`` has made.
+    """
+    return (part for part in module.modules() if isinstance(part, FSDPModule))
+
+
+def rest(module: nn.Module) -> None:
+    """Bring all parts to where they are between two steps: sharded.
+
+    Args:
+        module: Any module.
+    """
+    for part in sharded_parts(module):
+        part.reshard()
+
+
+def gathered_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters as operations see them; their memory is there while they run.
+
+    From now on no backward adds up anything across ranks: whatever leaves a rank, the private step
+    has clipped.
+
+    Args:
+        module: A module with sharded parts.
+
+    Returns:
+        Whole parameters by name.
+
+    Raises:
+        UnsupportedOperationError: The parts are not sharded over all ranks and in one dimension.
+    """
+    rest(module)
+    found = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    for name, parameter in found.items():
+        _require_plain_shards(name, parameter)
+    for part in sharded_parts(module):
+        part.set_requires_gradient_sync(False)
+        part.unshard()
+        whole = dict(module.named_parameters())
+        found.update((n, whole[n]) for n in found if not isinstance(whole[n], DTensor))
+        part.reshard()
+    return found
+
+
+def _require_plain_shards(name: str, parameter: nn.Parameter) -> None:
+    if not isinstance(parameter, DTensor):
+        return
+    mesh = parameter.device_mesh
+    if mesh.ndim != 1 or mesh.size() != dist.get_world_size():
+        raise UnsupportedOperationError(
+            must="parameters are sharded over all ranks, each of which has its own examples",
+            found=f"{name} on a mesh of shape {tuple(mesh.shape)}",
+            cost="a part of the ranks' sums would be left out, or get another noise",
+            remedy="use one data-parallel dimension: ModelParallelStrategy(data_parallel_size="
+            '<all ranks>, tensor_parallel_size=1), or strategy="private_fsdp"',
+        )
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for part in module.children():
+        if isinstance(part, nn.ModuleList):
+            yield from (block for block in part if next(block.parameters(), None) is not None)
+        else:
+            yield from _blocks(part)
+
+
+def _can_be_sharded(parameter: nn.Parameter) -> bool:
+    """Not a quantised one: its scales lie outside the parameter, and would not be sharded."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point()

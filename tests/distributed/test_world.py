@@ -1,0 +1,134 @@
+"""What ranks agree on, and how they fail together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_privacy import ConfigurationError, GuaranteeError
+from lightning_privacy.distributed import World, world
+from tests.distributed.worlds import Processes
+
+
+def refused() -> None:
+    raise ConfigurationError(must="a", found="b", cost="c", remedy="d")
+
+
+def caught(part: Any) -> tuple[str, str]:
+    try:
+        part()
+    except Exception as error:  # noqa: BLE001
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def conversation() -> dict[str, Any]:
+    here = World.join()
+    rank = here.rank
+    parts = [(number, torch.full((3,), float(number + rank))) for number in range(5)]
+    return {
+        "rank": rank,
+        "size": here.size,
+        "gathered": here.gathered({"rank": rank}),
+        "first": here.from_first(["zero", None][rank]),
+        "shared": here.shared_secret(bytes([rank]) * 16).hex(),
+        "own": here.own_secret(b"x" * 16).hex(),
+        "sums": [(key, total.tolist()) for key, total in here.summed(parts)],
+        "together": here.together(lambda: rank),
+        "met": here.meet(3, 4),
+    }
+
+
+def failures() -> list[tuple[str, str]]:
+    rank = World.join().rank
+    found = []
+    for job in (
+        lambda here: here.together(refused if rank else lambda: None),
+        lambda here: here.together(lambda: 1 / rank),
+        lambda here: here.together(lambda: here.gathered(1 / rank)),
+        lambda here: here.meet(rank, 0),
+        lambda here: here.meet(0, 0) if rank else here.gathered(1),
+        lambda here: here.together(lambda: int("a")),
+    ):
+        here = World.join()
+        found.append(caught(lambda job=job, here=here: job(here)))
+        # What follows in this world is silent: everybody knows.
+        here.fail(OSError("later"))
+    return found
+
+
+def nobody_comes(seconds: float) -> str:
+    from datetime import timedelta
+
+    here = World.join()
+    if here.rank:
+        return ""
+    world._PATIENCE = timedelta(seconds=seconds)
+    here.fail(OSError("alone"))
+    return "went on"
+
+
+def test_what_the_ranks_say_to_each_other(processes: Processes) -> None:
+    first, second = processes.run(conversation)
+    assert [first.pop("rank"), second.pop("rank")] == [0, 1]
+    assert [first.pop("together"), second.pop("together")] == [0, 1]
+    assert first.pop("own") != second.pop("own")
+    assert first == second
+    assert first["gathered"] == [{"rank": 0}, {"rank": 1}]
+    assert first["first"] == "zero"
+    assert first["sums"] == [(number, [2.0 * number + 1] * 3) for number in range(5)]
+    assert len(first["shared"]) == 64
+
+
+def test_a_failure_of_one_rank_is_everybodys(processes: Processes) -> None:
+    first, second = processes.run(failures)
+    # A refusal reaches all with the same words.
+    assert first[0] == second[0] == ("ConfigurationError", caught(refused)[1])
+    # Any other error stays what it is where it happened.
+    for mine, theirs in zip(first[1:3], second[1:3], strict=True):
+        assert mine == ("ZeroDivisionError", "division by zero")
+        assert theirs[0] == "GuaranteeError"
+        assert "rank 0: ZeroDivisionError: division by zero" in theirs[1]
+    # Ranks that stand elsewhere do not go on.
+    for mine, theirs in zip(first[3:5], second[3:5], strict=True):
+        assert mine == theirs
+        assert mine[0] == "GuaranteeError"
+        assert "rank 0 at" in mine[1]
+    # An error that all ranks have themselves is raised as it is.
+    assert first[5] == second[5]
+    assert first[5][0] == "ValueError"
+
+
+def test_one_process_talks_to_nobody() -> None:
+    here = World.join()
+    assert here.alone
+    assert here.is_first
+    assert here.gathered(3) == [3]
+    assert here.from_first("x") == "x"
+    assert here.shared_secret(b"own") == b"own"
+    assert here.own_secret(b"own") == b"own"
+    assert here.noise_share == 1
+    here.meet(0, 0)
+    here.fail(OSError())
+    with pytest.raises(ConfigurationError):
+        here.together(refused)
+    ones = torch.ones(2)
+    assert here.sum_(ones) is ones
+    assert list(here.summed([("a", ones)])) == [("a", ones)]
+
+
+def test_an_error_keeps_its_kind() -> None:
+    error = GuaranteeError(must="a", found="b", cost="c", remedy="d")
+    again = world._error_of(1, world._described(error))
+    assert type(again) is GuaranteeError
+    assert str(again) == str(error)
+
+
+def test_a_failed_rank_does_not_wait_forever() -> None:
+    own = Processes()
+    try:
+        assert own.run(nobody_comes, 0.2) == ["went on", ""]
+    finally:
+        own.stop()
