@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from lightning_privacy.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_privacy.callbacks.privacy_report import PrivacyReport
 
-__all__ = ["DifferentialPrivacy"]
+__all__ = ["DifferentialPrivacy", "PrivacyReport"]

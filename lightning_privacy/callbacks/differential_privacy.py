@@ -224,6 +224,7 @@ class DifferentialPrivacy(Callback):
             nonfinite_units=self._tally.nonfinite,
             validation_loss=self._tally.validation_loss,
             journal=self.settings.journal,
+            releases=self._state.ledger.releases,
         )
 
     # ------------------------------------------------------------------ before the first step

@@ -1,13 +1,13 @@
 """The command ``lightning-privacy``.
 
 This file answers ``--help`` and mistyped commands without importing torch or Lightning; the
-commands themselves are in :mod:`lightning_privacy.cli.training`,
-:mod:`lightning_privacy.cli.planning` and :mod:`lightning_privacy.cli.ledger`.
+commands themselves are in the other modules of :mod:`lightning_privacy.cli`.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lightning_privacy.errors import ConfigurationError, PrivacyError, UnsupportedOperationError
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+_OWN_COMMANDS = {
+    "plan": ("planning", "print_plan"),
+    "ledger": ("ledger", "run_ledger"),
+    "report": ("report", "run_report"),
+}
 
 HELP = """\
 usage: lightning-privacy COMMAND [options]
@@ -29,6 +34,7 @@ commands:
   predict    run a checkpoint on the prediction data
   plan       print what a configuration would cost, without training
   ledger     show or add to what all runs on a data set have spent together
+  report     make the privacy report of a finished run again
 
 first steps:
   lightning-privacy fit --config recipes/quickstart.yaml
@@ -80,19 +86,13 @@ def _refusal_behind(error: BaseException | None) -> PrivacyError | None:
 
 def _run(words: list[str]) -> None:
     command = words[0]
-    if command == "plan":
-        from lightning_privacy.cli.planning import print_plan
-
-        print_plan(words[1:])
-        return
-    if command == "ledger":
-        from lightning_privacy.cli.ledger import run_ledger
-
-        run_ledger(words[1:])
+    if command in _OWN_COMMANDS:
+        module, function = _OWN_COMMANDS[command]
+        getattr(import_module(f"lightning_privacy.cli.{module}"), function)(words[1:])
         return
     if command not in TRAINER_COMMANDS and not command.startswith("-"):
         raise ConfigurationError(
-            must=f"the command is one of {', '.join(TRAINER_COMMANDS)}, plan and ledger",
+            must=f"the command is one of {', '.join([*TRAINER_COMMANDS, *_OWN_COMMANDS])}",
             found=repr(command),
             cost="nothing could be run",
             remedy="see `lightning-privacy --help`",
