@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_privacy.callbacks import _planning, _validation
 from lightning_privacy.callbacks._bookings import Bookings
+from lightning_privacy.callbacks._canary_rows import with_canaries
 from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.callbacks._planning import EpsilonSoFar, epsilon_of
 from lightning_privacy.callbacks._population import population_of
@@ -22,7 +23,6 @@ from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_seed
 from lightning_privacy.reports import PrivacySummary, print_summary
 from lightning_privacy.sampling import PrivateLoader
-from lightning_privacy.sampling.loader import check_loader
 from lightning_privacy.step import PrivateStep
 from lightning_privacy.strategies import PrivateRun, privatize
 
@@ -255,8 +255,8 @@ class DifferentialPrivacy(Callback):
         )
 
     def _prepare_loader(self, dataloader: Any) -> PrivateLoader:
-        check_loader(dataloader)
         trainer, state = self._trainer, self._state
+        dataloader = with_canaries(dataloader, trainer)
         population = population_of(self.settings, state, dataloader.dataset, trainer)
         sampling = _planning.sampling_of(self.settings, dataloader, trainer.world_size, population)
         first = self._so_far is None

@@ -69,7 +69,7 @@ class PrivacyReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look for the callback that is reported on."""
         if stage == "fit":
-            _privacy_of(trainer)
+            privacy_of(trainer, self)
             self._losses, self._stride = [], 1
 
     @override
@@ -98,7 +98,7 @@ class PrivacyReport(Callback):
         self._write(trainer, pl_module, f"The run ended with {name}. What it released is charged.")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, outcome: str) -> None:
-        privacy = _privacy_of(trainer)
+        privacy = privacy_of(trainer, self)
         # Refused before anything was planned: nothing was released.
         if privacy.plan is None or not trainer.is_global_zero:
             return
@@ -124,14 +124,26 @@ class PrivacyReport(Callback):
         return found
 
 
-def _privacy_of(trainer: Any) -> DifferentialPrivacy:
+def privacy_of(trainer: Any, asking: Callback) -> DifferentialPrivacy:
+    """Find the callback that makes a fit private.
+
+    Args:
+        trainer: The trainer of the fit.
+        asking: The callback that needs it.
+
+    Returns:
+        The callback.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
     for callback in trainer.callbacks:
         if isinstance(callback, DifferentialPrivacy):
             return callback
     raise ConfigurationError(
-        must="PrivacyReport reports on a DifferentialPrivacy callback of the same trainer",
+        must=f"{type(asking).__name__} goes with a DifferentialPrivacy callback of the trainer",
         found="none in the trainer's callbacks",
-        cost="a report on a training without privacy",
+        cost="a report, or an audit, of a training without privacy",
         remedy="add DifferentialPrivacy to Trainer(callbacks=[...])",
     )
 

@@ -85,5 +85,5 @@ def test_choices_by_private_figures_are_named(tmp_path: Path) -> None:
 
 
 def test_a_report_needs_the_callback(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="a training without privacy"):
+    with pytest.raises(ConfigurationError, match="PrivacyReport goes with"):
         trainer(tmp_path, PrivacyReport()).fit(Regression(), loader())
