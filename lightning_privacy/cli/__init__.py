@@ -19,6 +19,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _OWN_COMMANDS = {
     "plan": ("planning", "print_plan"),
     "ledger": ("ledger", "run_ledger"),
+    "audit": ("audit", "run_audit"),
     "report": ("report", "run_report"),
 }
 
@@ -34,6 +35,7 @@ commands:
   predict    run a checkpoint on the prediction data
   plan       print what a configuration would cost, without training
   ledger     show or add to what all runs on a data set have spent together
+  audit      attack a checkpoint, and set what was found beside what its epsilon allows
   report     make the privacy report of a finished run again
 
 first steps:
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 if something was refused before any training step, or 1 if a run had
-        to stop to keep its guarantee or its budget.
+        to stop to keep its guarantee or its budget, or an audit refuted its claim.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in {"-h", "--help"}:
@@ -67,14 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lightning-privacy {__version__}")
         return 0
     try:
-        _run(words)
+        return _run(words)
     except (PrivacyError, ValueError) as error:
         refusal = _refusal_behind(error)
         if refusal is None:
             raise
         print(f"\nlightning-privacy stopped: {type(refusal).__name__}\n{refusal}", file=sys.stderr)
         return 2 if isinstance(refusal, ConfigurationError | UnsupportedOperationError) else 1
-    return 0
 
 
 def _refusal_behind(error: BaseException | None) -> PrivacyError | None:
@@ -84,12 +85,12 @@ def _refusal_behind(error: BaseException | None) -> PrivacyError | None:
     return error
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
     command = words[0]
     if command in _OWN_COMMANDS:
         module, function = _OWN_COMMANDS[command]
-        getattr(import_module(f"lightning_privacy.cli.{module}"), function)(words[1:])
-        return
+        code = getattr(import_module(f"lightning_privacy.cli.{module}"), function)(words[1:])
+        return code or 0
     if command not in TRAINER_COMMANDS and not command.startswith("-"):
         raise ConfigurationError(
             must=f"the command is one of {', '.join([*TRAINER_COMMANDS, *_OWN_COMMANDS])}",
@@ -100,3 +101,4 @@ def _run(words: list[str]) -> None:
     from lightning_privacy.cli.training import PrivacyCLI
 
     PrivacyCLI(words)
+    return 0
