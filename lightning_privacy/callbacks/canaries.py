@@ -154,6 +154,7 @@ class Canaries(InsertsRows):
             return
         privacy = privacy_of(trainer, self)
         _refuse_tiers(privacy)
+        _refuse_processes(trainer.world_size)
         self.result, self._rows, self._gradients = None, (), None
         coins = secrets.randbits(self.count)
         self._member = torch.tensor([bool(coins >> place & 1) for place in range(self.count)])
@@ -287,4 +288,14 @@ def _refuse_tiers(privacy: DifferentialPrivacy) -> None:
             found="individual budgets, under which a canary would need a tier",
             cost="a claim that is not the canaries' own",
             remedy="leave Canaries out, or audit a run without tiers",
+        )
+
+
+def _refuse_processes(world_size: int) -> None:
+    if world_size > 1:
+        raise UnsupportedOperationError(
+            must="one process throws the coins of all canaries",
+            found=f"{world_size} processes, each with coins of its own",
+            cost="data that differ from process to process",
+            remedy="audit a run on one device: Trainer(devices=1)",
         )

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "not_covered_by_epsilon"
-_LOGGED: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
+# Every process finds the same.
+_LOGGED: dict[str, Any] = {
+    "on_step": False,
+    "on_epoch": True,
+    "batch_size": 1,
+    "rank_zero_only": True,
+}
 _NOTE = (
     "Members against held-out rows, by their loss (or by how much it fell since before the "
     "training). Comparable if a random split divided them before the training; an advantage's "

@@ -111,7 +111,7 @@ class PrivacyReport(Callback):
             checkpoint=_checkpoint(trainer, pl_module),
             statements=self.statements,
         )
-        place = Path(self.directory or trainer.log_dir or trainer.default_root_dir)
+        place = Path(self.directory or _log_directory(trainer))
         self.page = write_report(privacy_record(privacy.summary(), facts), place)
         rank_zero_info(f"PrivacyReport: {self.page}")
 
@@ -146,6 +146,13 @@ def privacy_of(trainer: Any, asking: Callback) -> DifferentialPrivacy:
         cost="a report, or an audit, of a training without privacy",
         remedy="add DifferentialPrivacy to Trainer(callbacks=[...])",
     )
+
+
+def _log_directory(trainer: Any) -> str:
+    # `trainer.log_dir` waits for all processes, of which some may have died.
+    first = trainer.loggers[0] if trainer.loggers else None
+    own = getattr(first, "log_dir", None) or getattr(first, "save_dir", None)
+    return own or trainer.default_root_dir
 
 
 def _findings(trainer: Any) -> Iterator[Finding]:
@@ -194,6 +201,8 @@ def _checkpoint(trainer: Any, module: LightningModule) -> dict[str, str]:
                 title = f"{kind} checkpoint" + (f", {Path(path).name}" if named else "")
                 found[f"{title}, SHA-256"] = file_hash(Path(path))
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        found["trained weights at the end, SHA-256"] = weights_hash(trained)
+    # Of sharded parameters one process has a part only.
+    if not any(hasattr(parameter, "full_tensor") for parameter in trained.values()):
+        with torch.no_grad():
+            found["trained weights at the end, SHA-256"] = weights_hash(trained)
     return found

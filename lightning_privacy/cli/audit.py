@@ -31,6 +31,8 @@ from lightning_privacy.reports import not_covered
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lightning_privacy.audit.leakage import Reference
+
 _DESCRIPTION = """\
 Attack a checkpoint with its own training data, and set what was found beside what its epsilon
 allows. Give the configuration of the run behind the checkpoint, as for `fit`.
@@ -250,5 +252,5 @@ class _AuditCLI(PrivacyCLI):
         model = self.model.to(self.trainer.strategy.root_device)
         with adapters_off(model) as adapted:
             pass
-        reference = "adapters" if adapted else self._before.to(model.device)
+        reference: Reference = "adapters" if adapted else self._before.to(model.device)
         self.leakage = measure_leakage(model, self.datamodule, reference=reference, rows=self.rows)

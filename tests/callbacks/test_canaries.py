@@ -197,3 +197,13 @@ def test_what_proves_nothing_is_refused(
 def test_canaries_need_a_private_fit(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="Canaries goes with"):
         trainer(tmp_path, Canaries(rows=rows(10))).fit(Regression(), loader())
+
+
+def test_every_process_would_throw_its_own_coins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    canaries = Canaries(rows=rows(10))
+    made = trainer(tmp_path, canaries, privacy())
+    with pytest.raises(UnsupportedOperationError, match="2 processes"):
+        canaries.setup(made, Regression(), "fit")

@@ -76,6 +76,8 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
 def test_each_example_has_its_own_loss(tmp_path: Path) -> None:
     class Own(Memorizes):
         def losses(self, batch: Any) -> Any:
+            assert not self.training
+            assert not torch.is_grad_enabled()
             x, y = batch
             return (self.net(x) - y).square().mean(1)
 

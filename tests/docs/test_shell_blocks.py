@@ -38,7 +38,7 @@ PLANS = {
 def check_own_command(arguments: list[str]) -> None:
     from lightning_privacy.cli import main
 
-    if arguments[0] in {"ledger", "report"}:
+    if arguments[0] in {"audit", "ledger", "report"}:
         module = import_module(f"lightning_privacy.cli.{arguments[0]}")
         module.parsed(arguments[1:])  # the file is the reader's
         return
