@@ -263,10 +263,6 @@ def _accountant_version(name: str) -> dict[str, str]:
 
 
 def _version(package: str) -> str | None:
-    from lightning_privacy import __version__
-
-    if package == "lightning_privacy":
-        return __version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
