@@ -95,8 +95,7 @@ class Canaries(InsertsRows):
 
     Example:
         >>> canaries = Canaries(count=200, kind="gradient")
-        >>> callbacks = [DifferentialPrivacy(epsilon=8.0, delta=1e-6), canaries]
-        >>> trainer = Trainer(max_epochs=3, callbacks=callbacks)  # doctest: +SKIP
+        >>> trainer = Trainer(max_epochs=3, callbacks=[privacy, canaries])  # doctest: +SKIP
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each thing that can be configured
