@@ -59,11 +59,14 @@ def train_without_privacy(
     """
     source: Any = datamodule or model
     loader, accumulated = _ordinary_loader(source.train_dataloader(), batch_size)
+    epochs = math.ceil(steps * accumulated / len(loader))
     with _without_announcements():
         trainer = Trainer(
             **{name: trainer_settings[name] for name in _KEPT if name in trainer_settings},
             max_steps=steps,
-            max_epochs=math.ceil(steps * accumulated / len(loader)),
+            max_epochs=epochs,
+            # Once, at the end: nobody looks at the losses before.
+            check_val_every_n_epoch=epochs,
             accumulate_grad_batches=accumulated,
             num_sanity_val_steps=0,
             logger=False,
