@@ -18,21 +18,34 @@ from lightning_privacy.audit.bounds import (
     neyman_pearson_threshold,
 )
 from lightning_privacy.audit.checks import Check
+from lightning_privacy.audit.leakage import (
+    Leakage,
+    SecretFigures,
+    measure_leakage,
+    secret_figures,
+)
+from lightning_privacy.audit.membership import MembershipFigures, membership_figures
 from lightning_privacy.audit.verify import TrainerAudit, trainer_tightness, verify_trainer
 
 __all__ = [
     "BlindBaseline",
     "Check",
     "FamilyBound",
+    "Leakage",
+    "MembershipFigures",
+    "SecretFigures",
     "TrainerAudit",
     "advantage_ceiling",
     "blind_baseline",
     "claim_refuted",
     "family_epsilon",
     "generic_advantage_ceiling",
+    "measure_leakage",
+    "membership_figures",
     "neyman_pearson_scores",
     "neyman_pearson_threshold",
     "score_texts",
+    "secret_figures",
     "trainer_tightness",
     "verify_trainer",
 ]

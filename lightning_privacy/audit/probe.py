@@ -65,6 +65,7 @@ class ProbeSettings:
         physical_batch_size: Rows in one micro-batch.
         clipping: The clipping kind.
         adapters: Train low-rank factors of frozen layers instead of the layers.
+        copies: Rows of each unit. Above 1 units are users, and the numbers here are of users.
         seed: What ``seed_everything`` gets before the fit.
     """
 
@@ -79,7 +80,13 @@ class ProbeSettings:
     physical_batch_size: int = 4
     clipping: str = "flat"
     adapters: bool = False
+    copies: int = 1
     seed: int = 0
+
+    @property
+    def unit(self) -> dict[str, Any]:
+        """What the callback is told of units."""
+        return {"unit": "user", "group_size": self.copies} if self.copies > 1 else {}
 
     @property
     def expected_batch_size(self) -> int:
@@ -201,13 +208,22 @@ class ProbeModule(pl.LightningModule):
         return places
 
 
-def probe_rows(settings: ProbeSettings) -> TensorDataset:
-    """The data: kinds, canary numbers and features, the kinds mixed along the rows."""
+class ProbeRows(TensorDataset):
+    """Kinds, canary numbers and features, and whose rows they are."""
+
+    users: tuple[int, ...] = ()
+
+
+def probe_rows(settings: ProbeSettings) -> ProbeRows:
+    """The data, the kinds mixed along the rows, and so the rows of each user."""
     kinds = [CANARY] * settings.members + [HEAVY] * settings.heavy + [SILENT] * settings.silent
     numbers = [*range(settings.members), *[0] * (settings.heavy + settings.silent)]
-    order = torch.randperm(len(kinds), generator=torch.Generator().manual_seed(7))
-    x = torch.linspace(-1, 1, FEATURES).expand(len(kinds), FEATURES).clone()
-    return TensorDataset(torch.tensor(kinds)[order], torch.tensor(numbers)[order], x)
+    units = torch.arange(len(kinds)).repeat(settings.copies)
+    order = units[torch.randperm(len(units), generator=torch.Generator().manual_seed(7))]
+    x = torch.linspace(-1, 1, FEATURES).expand(len(order), FEATURES).clone()
+    rows = ProbeRows(torch.tensor(kinds)[order], torch.tensor(numbers)[order], x)
+    rows.users = tuple(order.tolist())
+    return rows
 
 
 @dataclass(kw_only=True, slots=True)
@@ -283,6 +299,7 @@ class Probe:
             dataset_size=settings.size,
             clipping=settings.clipping,
             print_table=False,
+            **settings.unit,
         )
         trainer = pl.Trainer(
             accelerator="cpu",

@@ -66,12 +66,13 @@ class TrainerAudit:
         return "\n".join([*lines, *([f"FAIL {self.error}"] if self.error else [])])
 
 
-def verify_trainer(
+def verify_trainer(  # noqa: PLR0913 - one argument for each thing that can be audited
     audited: Audited,
     *,
     clipping: str = "flat",
     physical_batch_size: int = 4,
     adapters: bool = False,
+    rows_of_a_user: int = 1,
     seed: int = 0,
     stop_at_failure: bool = False,
     directory: Path | None = None,
@@ -95,6 +96,8 @@ def verify_trainer(
         clipping: "flat", "per_layer" or "automatic": how it is told to clip.
         physical_batch_size: Rows in one micro-batch; draws have six on average.
         adapters: Train low-rank factors of frozen layers instead of the layers.
+        rows_of_a_user: Above 1, units are users with so many rows each. With more rows than
+            ``physical_batch_size`` every user is spread over micro-batches.
         seed: What ``seed_everything`` gets before the fits. The draws and the noise do not follow
             from it: each audit is a new experiment.
         stop_at_failure: Leave the rest out after the first stage with a failure.
@@ -109,6 +112,7 @@ def verify_trainer(
         clipping=clipping,
         physical_batch_size=physical_batch_size,
         adapters=adapters,
+        copies=rows_of_a_user,
         seed=seed,
     )
     checks: list[Check] = []

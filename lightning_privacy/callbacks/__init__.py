@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from lightning_privacy.callbacks.attention_noise import AttentionNoise
+from lightning_privacy.callbacks.canaries import Canaries, CanaryAudit
 from lightning_privacy.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_privacy.callbacks.leakage_monitor import LeakageMonitor
 from lightning_privacy.callbacks.memory_cap import MemoryCap
+from lightning_privacy.callbacks.privacy_report import PrivacyReport
 from lightning_privacy.callbacks.study import StudyMode
 from lightning_privacy.study import Study
 
-__all__ = ["AttentionNoise", "DifferentialPrivacy", "MemoryCap", "Study", "StudyMode"]
+__all__ = [
+    "AttentionNoise",
+    "Canaries",
+    "CanaryAudit",
+    "DifferentialPrivacy",
+    "LeakageMonitor",
+    "MemoryCap",
+    "PrivacyReport",
+    "Study",
+    "StudyMode",
+]

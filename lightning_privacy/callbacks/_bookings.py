@@ -40,6 +40,11 @@ class Bookings:
         self._ledger = ledger
         self._open = False
 
+    @property
+    def ledger(self) -> PrivacyLedger | None:
+        """The ledger of the data set, if there is one."""
+        return self._ledger
+
     def reserve(self, state: RunState) -> None:
         """Charge all that the run has released and will release.
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning_privacy.callbacks._canary_rows import (
+    WithCanaries,
+    public_size,
+    without_canaries,
+)
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.noise import fresh_secret, secret_from_seed
 from lightning_privacy.sampling import BoundedSampler, UserSampler, ViewSampler, user_index
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling import UserIndex
     from lightning_privacy.sampling.base import Sampler
+    from lightning_privacy.sampling.users import UserIds
 
 
 class Population:
@@ -32,7 +38,7 @@ class Population:
         ConfigurationError: Users are the unit, and it is not known whose rows are whose.
 
     Attributes:
-        size: How many there are (private under add-or-remove).
+        size: How many there are (private under add-or-remove); of canaries, as many as expected.
         name: What that number is called.
     """
 
@@ -40,15 +46,16 @@ class Population:
         self, settings: PrivacySettings, dataset: Any, beside: object, seed: bytes
     ) -> None:
         self._settings, self._dataset, self._seed = settings, dataset, seed
-        self.size, self.name = len(dataset), "the data set's length"
-        self._index = None
+        size, self.name = len(dataset), "the data set's length"
+        self._rows, self._index = size, None
         if settings.unit == PrivacyUnit.USER:
-            self._index = user_index(dataset, settings.users, beside)
-            self.size, self.name = self._index.count, "the number of users in the data set"
+            self._index = _index_of(dataset, settings.users, beside)
+            size, self.name = self._index.count, "the number of users in the data set"
         if settings.user_sampling == "examples" and self._index is not None:
             assert settings.group_size is not None
-            self.size = len(self._index.bounded(settings.group_size, seed))
+            size = len(self._index.bounded(settings.group_size, seed))
             self.name = f"the number of examples (at most {settings.group_size} of each user)"
+        self.size = public_size(dataset, size)
 
     def sampler(self, plan: PrivacyPlan, secret: bytes) -> Sampler:
         """Make the draws.
@@ -62,7 +69,7 @@ class Population:
         """
         if self._index is None:
             return ViewSampler(
-                size=self.size,
+                size=self._rows,
                 sample_rate=plan.sample_rate,
                 secret=secret,
                 views=self._settings.augmentation_multiplicity,
@@ -106,6 +113,11 @@ class Population:
                 )
             found.append(known[name])
         return found
+
+
+def _index_of(dataset: Any, users: UserIds | None, beside: object) -> UserIndex:
+    found = user_index(without_canaries(dataset), users, beside)
+    return dataset.user_index(found) if isinstance(dataset, WithCanaries) else found
 
 
 def population_of(

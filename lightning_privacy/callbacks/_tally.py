@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 _USUAL = ("val_loss", "val/loss", "valid_loss", "validation_loss", "loss/val")
 # Each holds a few numbers for each unit of its draw.
 _MOST_WAITING = 200
+# From here on every other point of the history goes: a plot shows no more.
+_LONGEST_HISTORY = 800
 
 
 class Tally:
@@ -22,6 +24,7 @@ class Tally:
         nonfinite: Units left out for a gradient that was not finite.
         latest: Figures of the last draw, by name.
         validation_loss: The last validation loss that the module logged, if any.
+        history: The same figures of some draws, each with the number of its draw, from 1.
     """
 
     def __init__(self) -> None:
@@ -29,6 +32,8 @@ class Tally:
         self.nonfinite = 0
         self.latest: dict[str, float] = {}
         self.validation_loss: float | None = None
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self._draws, self._stride = 0, 1
         self._clipped = 0.0
         self._waiting: list[StepStatistics] = []
 
@@ -54,16 +59,16 @@ class Tally:
             self.units += statistics.units
             self.nonfinite += statistics.nonfinite
             self._clipped += statistics.clipped_share * statistics.units
-        if waiting:
-            last = waiting[-1]
-            self.latest = {
-                "clipped_share": last.clipped_share,
-                "clipped_mass": last.clipped_mass,
-                "mean_norm": last.mean_norm,
-                "nonfinite_units": float(last.nonfinite),
-            }
-            if last.noise_to_signal is not None:
-                self.latest["noise_to_signal"] = min(last.noise_to_signal, 1e9)
+            self._draws += 1
+            self.latest = _figures(statistics)
+            self._remember()
+
+    def _remember(self) -> None:
+        # Draws whose noise was set beside the signal are rare, and shown for that.
+        if self._draws % self._stride == 0 or "noise_to_signal" in self.latest:
+            self.history.append((self._draws, self.latest))
+        if len(self.history) > _LONGEST_HISTORY:
+            self.history, self._stride = self.history[::2], 2 * self._stride
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for a process that was not there.
@@ -101,3 +106,15 @@ class Tally:
             if name in metrics:
                 self.validation_loss = float(metrics[name])
                 return
+
+
+def _figures(statistics: StepStatistics) -> dict[str, float]:
+    figures = {
+        "clipped_share": statistics.clipped_share,
+        "clipped_mass": statistics.clipped_mass,
+        "mean_norm": statistics.mean_norm,
+        "nonfinite_units": float(statistics.nonfinite),
+    }
+    if statistics.noise_to_signal is not None:
+        figures["noise_to_signal"] = min(statistics.noise_to_signal, 1e9)
+    return figures

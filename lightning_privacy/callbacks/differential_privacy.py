@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_privacy.callbacks import _planning, _ranks, _validation
 from lightning_privacy.callbacks._begin import checked_parameters, make_step
 from lightning_privacy.callbacks._bookings import Bookings
+from lightning_privacy.callbacks._canary_rows import with_canaries
 from lightning_privacy.callbacks._home import Home
 from lightning_privacy.callbacks._logging import log_step
 from lightning_privacy.callbacks._planning import EpsilonSoFar, epsilon_of
@@ -23,7 +24,6 @@ from lightning_privacy.distributed import World
 from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.reports import PrivacySummary, print_summary
 from lightning_privacy.sampling import PrivateLoader
-from lightning_privacy.sampling.loader import check_loader
 from lightning_privacy.strategies import joined, privatize, require_return, run_for
 
 if TYPE_CHECKING:
@@ -231,6 +231,7 @@ class DifferentialPrivacy(Callback):
             nonfinite_units=self._tally.nonfinite,
             validation_loss=self._tally.validation_loss,
             journal=self.settings.journal,
+            releases=self._state.ledger.releases,
         )
 
     # ------------------------------------------------------------------ before the first step
@@ -265,8 +266,8 @@ class DifferentialPrivacy(Callback):
         )
 
     def _prepare_loader(self, dataloader: Any) -> PrivateLoader:
-        check_loader(dataloader)
         trainer, state = self._trainer, self._state
+        dataloader = with_canaries(dataloader, trainer)
         population = population_of(self.settings, state, dataloader.dataset, trainer)
         sampling = _planning.sampling_of(self.settings, dataloader, trainer.world_size, population)
         first = self._so_far is None

@@ -1,14 +1,13 @@
 """The command ``lightning-privacy``.
 
 This file answers ``--help`` and mistyped commands without importing torch or Lightning; the
-commands themselves are in :mod:`lightning_privacy.cli.training`,
-:mod:`lightning_privacy.cli.planning`, :mod:`lightning_privacy.cli.ledger` and
-:mod:`lightning_privacy.cli.compare`.
+commands themselves are in the other modules of :mod:`lightning_privacy.cli`.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lightning_privacy.errors import ConfigurationError, PrivacyError, UnsupportedOperationError
@@ -17,6 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+_OWN_COMMANDS = {
+    "plan": ("planning", "print_plan"),
+    "ledger": ("ledger", "run_ledger"),
+    "audit": ("audit", "run_audit"),
+    "report": ("report", "run_report"),
+    "compare": ("compare", "run_compare"),
+    "ablate": ("compare", "run_ablate"),
+}
 
 HELP = """\
 usage: lightning-privacy COMMAND [options]
@@ -32,6 +39,8 @@ commands:
   ledger     show or add to what all runs on a data set have spent together
   compare    train a multimodal recipe and its baselines, with and without privacy: one table
   ablate     train it without each of its mechanisms: one table
+  audit      attack a checkpoint, and set what was found beside what its epsilon allows
+  report     make the privacy report of a finished run again
 
 first steps:
   lightning-privacy fit --config recipes/quickstart.yaml
@@ -52,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 if something was refused before any training step, or 1 if a run had
-        to stop to keep its guarantee or its budget.
+        to stop to keep its guarantee or its budget, or an audit refuted its claim.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in {"-h", "--help"}:
@@ -64,14 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lightning-privacy {__version__}")
         return 0
     try:
-        _run(words)
+        return _run(words)
     except (PrivacyError, ValueError) as error:
         refusal = _refusal_behind(error)
         if refusal is None:
             raise
         print(f"\nlightning-privacy stopped: {type(refusal).__name__}\n{refusal}", file=sys.stderr)
         return 2 if isinstance(refusal, ConfigurationError | UnsupportedOperationError) else 1
-    return 0
 
 
 def _refusal_behind(error: BaseException | None) -> PrivacyError | None:
@@ -81,27 +89,15 @@ def _refusal_behind(error: BaseException | None) -> PrivacyError | None:
     return error
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
     command = words[0]
-    if command == "plan":
-        from lightning_privacy.cli.planning import print_plan
-
-        print_plan(words[1:])
-        return
-    if command == "ledger":
-        from lightning_privacy.cli.ledger import run_ledger
-
-        run_ledger(words[1:])
-        return
-    if command in {"compare", "ablate"}:
-        from lightning_privacy.cli.compare import run_table
-
-        run_table(command, words[1:])
-        return
+    if command in _OWN_COMMANDS:
+        module, function = _OWN_COMMANDS[command]
+        code = getattr(import_module(f"lightning_privacy.cli.{module}"), function)(words[1:])
+        return code or 0
     if command not in TRAINER_COMMANDS and not command.startswith("-"):
         raise ConfigurationError(
-            must=f"the command is one of {', '.join(TRAINER_COMMANDS)}, plan, ledger, "
-            "compare and ablate",
+            must=f"the command is one of {', '.join([*TRAINER_COMMANDS, *_OWN_COMMANDS])}",
             found=repr(command),
             cost="nothing could be run",
             remedy="see `lightning-privacy --help`",
@@ -109,3 +105,4 @@ def _run(words: list[str]) -> None:
     from lightning_privacy.cli.training import PrivacyCLI
 
     PrivacyCLI(words)
+    return 0

@@ -32,6 +32,24 @@ were trained in study mode and are not private.
 """
 
 
+def run_compare(words: Sequence[str]) -> None:
+    """`run_table` of three models.
+
+    Args:
+        words: Words behind ``compare``.
+    """
+    run_table("compare", words)
+
+
+def run_ablate(words: Sequence[str]) -> None:
+    """`run_table` of one model without each of its mechanisms.
+
+    Args:
+        words: Words behind ``ablate``.
+    """
+    run_table("ablate", words)
+
+
 def run_table(command: Command, words: Sequence[str]) -> None:
     """Train every model of a table with every seed, and print and save it.
 

@@ -11,11 +11,17 @@ from lightning import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
+from lightning_privacy.audit import measure_leakage
+from lightning_privacy.errors import UnsupportedOperationError
+from lightning_privacy.reports import not_covered
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from lightning import LightningDataModule, LightningModule
 
+# Enough to tell the two models apart, and a few seconds for small ones.
+_ROWS, _USERS = 512, 48
 # What decides how fast and how precisely a step is computed, and how it is shown.
 _KEPT = (
     "accelerator",
@@ -53,11 +59,14 @@ def train_without_privacy(
     """
     source: Any = datamodule or model
     loader, accumulated = _ordinary_loader(source.train_dataloader(), batch_size)
+    epochs = math.ceil(steps * accumulated / len(loader))
     with without_announcements():
         trainer = Trainer(
             **{name: trainer_settings[name] for name in _KEPT if name in trainer_settings},
             max_steps=steps,
-            max_epochs=math.ceil(steps * accumulated / len(loader)),
+            max_epochs=epochs,
+            # Once, at the end: nobody looks at the losses before.
+            check_val_every_n_epoch=epochs,
             accumulate_grad_batches=accumulated,
             num_sanity_val_steps=0,
             logger=False,
@@ -89,6 +98,50 @@ def validation_loss(
     likely = [name for name in metrics if "val" in name and "loss" in name]
     names = [name for name in ("val_loss", *likely) if name in metrics]
     return float(metrics[names[0]]) if names else None
+
+
+def leakage_rows(
+    private: LightningModule,
+    without: LightningModule,
+    initial: LightningModule,
+    datamodule: LightningDataModule | None,
+) -> list[tuple[str, str]]:
+    """Attack both models with the training data, and lay out what was found.
+
+    Args:
+        private: The model that was trained privately.
+        without: The one that made as many steps without privacy.
+        initial: What both were before.
+        datamodule: Where the data come from; without one nothing is measured.
+
+    Returns:
+        Labels, marked as not covered by ε, and values: membership AUROC, and on the embedded corpus
+        the exposure of members' secrets. Nothing for a module without ``losses(batch)``.
+    """
+    if datamodule is None:
+        return []
+    try:
+        found = [
+            measure_leakage(
+                model, datamodule, reference=initial, rows=_ROWS, users=_USERS, blind=False
+            )
+            for model in (private, without)
+        ]
+    except UnsupportedOperationError:
+        return []
+    rows = []
+    for one, end in zip(found, ("", " without privacy"), strict=True):
+        best = {figures.attack: figures.auroc for figures in one.membership}
+        value = best.get("ratio", best["loss"])
+        rows.append((not_covered(f"membership AUROC{end}"), f"{value:.3f} (0.5 is a guess)"))
+    for one, end in zip(found, ("", " without privacy"), strict=True):
+        if one.secrets is not None:
+            bits = f"{one.secrets.inside:.2f} of {one.secrets.largest:.2f} bits"
+            rows.append((not_covered(f"secret exposure{end}"), bits))
+    if found[0].secrets is not None:
+        bits = f"{found[0].secrets.outside:.2f} bits (1.44 expected)"
+        rows.append((not_covered("exposure of unseen secrets"), bits))
+    return rows
 
 
 def _validates(model: LightningModule, datamodule: LightningDataModule | None) -> bool:

@@ -18,10 +18,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, show_header=any(columns), title_justify="left")
+    # As Text: square brackets would be read as markup.
+    table = Table(title=Text(title), show_header=any(columns), title_justify="left")
     for column in columns:
         table.add_column(column, justify="right" if any(columns) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)

@@ -16,7 +16,11 @@ import lightning_privacy.data
 import lightning_privacy.models
 import lightning_privacy.strategies  # noqa: F401
 from lightning_privacy.callbacks import DifferentialPrivacy, Study, StudyMode
-from lightning_privacy.cli.comparison import train_without_privacy, validation_loss
+from lightning_privacy.cli.comparison import (
+    leakage_rows,
+    train_without_privacy,
+    validation_loss,
+)
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.reports import not_covered, print_summary
 
@@ -174,21 +178,24 @@ class PrivacyCLI(LightningCLI):
             self._privacy.print_table = False
 
     def after_fit(self) -> None:
-        """Train without privacy and print the closing table with both losses."""
+        """Train without privacy and print the closing table with what both lost and leaked."""
         if self._initial is None:
             return
         private = validation_loss(self.trainer, self.model, self.datamodule)
         summary = replace(self._privacy.summary(), validation_loss=private)
         print("\nNow the same configuration without privacy, to show what privacy costs.")
+        other = copy.deepcopy(self._initial)
         without = train_without_privacy(
-            self._initial,
+            other,
             self.datamodule,
             dict(self._get(self.config_init, "trainer")),
             steps=summary.steps,
             batch_size=summary.plan.expected_batch_size,
         )
         shown = NO_LOSS if without is None else f"{without:.4f}"
-        print_summary(summary, [(not_covered("validation loss without privacy"), shown)])
+        rows = [(not_covered("validation loss without privacy"), shown)]
+        rows += leakage_rows(self.model, other, self._initial, self.datamodule)
+        print_summary(summary, rows)
 
     @property
     def _privacy(self) -> DifferentialPrivacy:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from lightning_privacy.accounting import GaussianRelease
     from lightning_privacy.plan import PrivacyPlan
 
 NOT_COVERED = "not covered by ε"
@@ -36,6 +37,7 @@ class PrivacySummary:
         nonfinite_units: Units whose gradient was not finite; each contributed zero.
         validation_loss: The last validation loss that the module logged.
         journal: Whether a journal charges what a crash would otherwise lose.
+        releases: Everything charged, as the accountant adds it up.
     """
 
     plan: PrivacyPlan
@@ -47,6 +49,7 @@ class PrivacySummary:
     nonfinite_units: int = 0
     validation_loss: float | None = None
     journal: bool = True
+    releases: tuple[GaussianRelease, ...] = ()
 
 
 def not_covered(label: str) -> str:
@@ -72,8 +75,19 @@ def summary_rows(summary: PrivacySummary, extra_rows: Sequence[Row] = ()) -> lis
     Returns:
         The rows, in the order in which they are shown.
     """
+    return [*covered_rows(summary), *uncovered_rows(summary), *extra_rows]
+
+
+def covered_rows(summary: PrivacySummary) -> list[Row]:
+    """Lay out what follows from the plan and the number of steps.
+
+    Args:
+        summary: What the run promised, spent and saw.
+
+    Returns:
+        The rows.
+    """
     rows: list[Row] = []
-    clipped = "examples" if summary.plan.user_sampling == "examples" else "units"
     for label, value in summary.plan.describe().items():
         if label == "epsilon":
             rows.extend(_epsilon_rows(summary))
@@ -81,6 +95,22 @@ def summary_rows(summary: PrivacySummary, extra_rows: Sequence[Row] = ()) -> lis
             rows.append((label, f"{summary.steps} of {summary.planned_steps} planned"))
         else:
             rows.append((label, value))
+    if not summary.journal and not summary.plan.deterministic:
+        rows.append(("journal", "none: steps lost in a crash are not charged on resume"))
+    return rows
+
+
+def uncovered_rows(summary: PrivacySummary) -> list[Row]:
+    """Lay out what was computed on private data without noise, each label marked so.
+
+    Args:
+        summary: What the run promised, spent and saw.
+
+    Returns:
+        The rows.
+    """
+    rows: list[Row] = []
+    clipped = "examples" if summary.plan.user_sampling == "examples" else "units"
     if summary.clipped_share is not None:
         rows.append((not_covered(f"share of {clipped} clipped"), f"{summary.clipped_share:.1%}"))
     rows.append(
@@ -88,9 +118,7 @@ def summary_rows(summary: PrivacySummary, extra_rows: Sequence[Row] = ()) -> lis
     )
     if summary.validation_loss is not None:
         rows.append((not_covered("validation loss"), f"{summary.validation_loss:.4f}"))
-    if not summary.journal and not summary.plan.deterministic:
-        rows.append(("journal", "none: steps lost in a crash are not charged on resume"))
-    return [*rows, *extra_rows]
+    return rows
 
 
 def _epsilon_rows(summary: PrivacySummary) -> list[Row]:

@@ -72,6 +72,7 @@ class PrivateRun:
         recheck: Repeats the check of independence, between two draws; gets what a training step
             gets besides its batch. None: nothing is checked again.
         labels: Watches means over labels; the checks tell it whether there are any.
+        records: Adds records that have no row to a draw, before its release.
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each thing that a fit does in its own way
@@ -102,6 +103,7 @@ class PrivateRun:
         self._repeats = Repeats()
         self.recheck: Callable[..., None] | None = None
         self.labels = LabelWatch()
+        self.records: Callable[[PrivateStep], None] | None = None
 
     step_class: Callable[..., PrivateStep] = PrivateStep
 
@@ -322,6 +324,8 @@ class PrivateRun:
         step.abort_micro_batch()
         if not step.pending:
             raise nothing_to_release(optimizer)
+        if self.records is not None:
+            self.records(step)
         self._verify_state("during a training step")
         self.labels.verify()
         number = self._charge(draw.releases)

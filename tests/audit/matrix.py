@@ -28,6 +28,8 @@ MODES: dict[str, dict[str, Any]] = {
     "low-rank adapters": {"adapters": True},
     "whole draws in one batch": {"physical_batch_size": 64},
     "micro-batches of one row": {"physical_batch_size": 1},
+    "users of three rows": {"rows_of_a_user": 3},
+    "users of six rows, over two micro-batches": {"rows_of_a_user": 6},
 }
 CLAIMS = {
     "one step, all rows": {"noise_multiplier": 1.0, "steps": 1},
@@ -91,7 +93,7 @@ def row(*cells: object) -> str:
 def audited_mutants(mutants: dict[str, Mutant]) -> Iterator[tuple[bool, str]]:
     for name, mutant in sorted(mutants.items(), key=lambda item: (item[1].area, item[0])):
         with mutant.broken() as audited:
-            audit = verify_trainer(audited, stop_at_failure=True)
+            audit = verify_trainer(audited, stop_at_failure=True, **mutant.options)
         by = audit.failures[0].name if audit.failures else (audit.error or "")
         print("passed" if audit.passed else "caught", name, flush=True)
         yield not audit.passed, row(name, mutant.area, mutant.seam, by or "**nothing**")

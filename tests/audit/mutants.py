@@ -25,7 +25,8 @@ from lightning_privacy.callbacks import _planning, _ranks, _state, differential_
 from lightning_privacy.clipping.norms import FlatClipping, clipping_rule
 from lightning_privacy.noise import GaussianNoise, secret_from_seed
 from lightning_privacy.plan import PrivacyPlan
-from lightning_privacy.sampling import PoissonSampler, micro_batches, poisson
+from lightning_privacy.sampling import PoissonSampler, micro_batches, poisson, user_draws
+from lightning_privacy.sampling.base import packed
 from lightning_privacy.step import PrivateStep
 
 Audited = Callable[..., Any]
@@ -40,12 +41,14 @@ class Mutant:
         seam: "source" for a patch, "public" for what a user could do.
         broken: Breaks it, and gives what is audited.
         sign: What the audit's failure says, or a part of it.
+        options: What `verify_trainer` is asked for.
     """
 
     area: str
     seam: str
     broken: Callable[[], Any]
     sign: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 MUTANTS: dict[str, Mutant] = {}
@@ -54,11 +57,11 @@ SUBTLE: dict[str, Mutant] = {}
 
 
 def mutant(
-    area: str, sign: str, seam: str = "source", into: dict[str, Mutant] = MUTANTS
+    area: str, sign: str, seam: str = "source", into: dict[str, Mutant] = MUTANTS, **options: Any
 ) -> Callable[[Any], Any]:
     def register(function: Callable[[], Iterator[Audited]]) -> Callable[[], Iterator[Audited]]:
         name = function.__name__.replace("_", " ")
-        into[name] = Mutant(area, seam, contextmanager(function), sign)
+        into[name] = Mutant(area, seam, contextmanager(function), sign, options)
         return function
 
     return register
@@ -205,6 +208,29 @@ def times(part: Any, factor: float) -> Any:
 
 def sums(part: Any) -> list[Tensor]:
     return [*part.gradients.values(), *([] if part.buffered is None else [part.buffered])]
+
+
+@mutant("clipping", "longer than the clip norm", rows_of_a_user=3)
+def a_user_is_clipped_row_by_row() -> Iterator[Audited]:
+    def apart(units: Any, size: int | None, shares: Any = None) -> Any:
+        return micro_batches([row for unit in units for row in unit], size)
+
+    with patched(user_draws, "packed", apart) as audited:
+        yield audited
+
+
+@mutant("clipping", "longer than the clip norm", rows_of_a_user=6)
+def a_user_is_clipped_in_each_micro_batch() -> Iterator[Audited]:
+    def closed(units: Any, size: int | None, shares: Any = None) -> Any:
+        return tuple(
+            part
+            if part.units is None
+            else dataclasses.replace(part, units=dataclasses.replace(part.units, unfinished=False))
+            for part in packed(units, size, shares)
+        )
+
+    with patched(user_draws, "packed", closed) as audited:
+        yield audited
 
 
 @mutant("clipping", "longer than the clip norm")

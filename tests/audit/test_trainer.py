@@ -39,7 +39,7 @@ def test_every_broken_trainer_is_caught(name: str) -> None:
 def caught(name: str) -> None:
     mutant = MUTANTS[name]
     with mutant.broken() as audited:
-        audit = verify_trainer(audited, stop_at_failure=True)
+        audit = verify_trainer(audited, stop_at_failure=True, **mutant.options)
     assert not audit.passed, f"{name} survives"
     reasons = [check.name for check in audit.failures] + [audit.error or ""]
     assert any(mutant.sign in reason for reason in reasons), str(audit)
@@ -54,6 +54,8 @@ def caught(name: str) -> None:
         {"adapters": True},
         {"physical_batch_size": 64},
         {"physical_batch_size": 1},
+        {"rows_of_a_user": 3},
+        {"rows_of_a_user": 6},
     ],
     ids=str,
 )

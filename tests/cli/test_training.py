@@ -40,6 +40,10 @@ def test_the_comparison_adds_a_row(recipe, capsys):
     (plain,) = [line for line in shown.splitlines() if "loss without privacy [" in line]
     private_loss, plain_loss = (float(line.split("│")[2]) for line in (private, plain))
     assert 0 < plain_loss < private_loss < 6
+    for label in ("membership AUROC", "secret exposure"):
+        assert f"{label} [not covered by ε]" in shown
+        assert f"{label} without privacy [not covered by ε]" in shown
+    assert "exposure of unseen secrets [not covered by ε]" in shown
 
 
 def test_the_comparison_starts_from_the_same_weights_and_makes_as_many_steps(recipe, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -37,10 +38,9 @@ PLANS = {
 def check_own_command(arguments: list[str]) -> None:
     from lightning_privacy.cli import main
 
-    if arguments[0] == "ledger":
-        from lightning_privacy.cli.ledger import parsed
-
-        parsed(arguments[1:])  # the file is the reader's
+    if arguments[0] in {"audit", "ledger", "report"}:
+        module = import_module(f"lightning_privacy.cli.{arguments[0]}")
+        module.parsed(arguments[1:])  # the file is the reader's
         return
     if arguments[0] in {"compare", "ablate"}:
         from lightning_privacy.cli.compare import planned

@@ -88,6 +88,48 @@ def test_a_picture_is_rebuilt_until_there_is_noise() -> None:
     assert quality["noised"][1] < 0.5, quality
 
 
+class Sound(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(8 * 256, 5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def dialled() -> Tensor:
+    """The spectrogram of four tones, one after the other: 16 frequencies by 16 frames."""
+    seconds = torch.arange(512) / 2000
+    tones = torch.tensor([200.0, 700.0, 450.0, 820.0]).repeat_interleave(128)
+    wave = torch.sin(2 * torch.pi * tones * seconds)
+    window = torch.hann_window(30)
+    spectrum = torch.stft(wave, 30, hop_length=32, window=window, return_complex=True).abs()
+    levels = spectrum[:, :16].clamp(min=1e-2).log10()
+    return ((levels - levels.min()) / (levels.max() - levels.min()))[None, None]
+
+
+def test_a_sound_is_rebuilt_until_there_is_noise() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Sound()
+    sound = dialled()
+    assert sound.shape == (1, 1, 16, 16)
+    start = torch.rand(sound.shape, generator=torch.Generator().manual_seed(2))
+    right, quality = {}, {}
+    for kind, update in updates(module, picture_loss, sound).items():
+        found = invert_gradient(module, picture_loss, update, start, steps=200)
+        quality[kind] = peak_signal_to_noise(found, sound)
+        # Which frequency is loudest in each frame: what was dialled.
+        right[kind] = float((found.argmax(2) == sound.argmax(2)).float().mean())
+    for kind in ("raw", "clipped"):
+        assert quality[kind] > 20, quality
+        assert right[kind] > 0.8, right
+    assert quality["noised"] < 15, quality
+    assert right["noised"] < 0.5, right
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="vocabulary"):
         recover_tokens(torch.ones(3, 2), 4)

@@ -1,0 +1,256 @@
+"""The command ``audit``: what a finished run leaks, beside what its ε allows."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lightning_privacy.accounting import Ledger, epsilon
+from lightning_privacy.accounting.rounding import shown_epsilon
+from lightning_privacy.audit import (
+    Leakage,
+    advantage_ceiling,
+    generic_advantage_ceiling,
+    measure_leakage,
+)
+from lightning_privacy.audit.attacks import adapters_off
+from lightning_privacy.callbacks._state import STATE_KEY
+from lightning_privacy.cli.tables import print_table
+from lightning_privacy.cli.training import PrivacyCLI
+from lightning_privacy.errors import ConfigurationError
+from lightning_privacy.metrics.functional import membership_advantage
+from lightning_privacy.plan import PrivacyPlan
+from lightning_privacy.reports import not_covered
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_privacy.audit.leakage import Reference
+
+_DESCRIPTION = """\
+Attack a checkpoint with its own training data, and set what was found beside what its epsilon
+allows. Give the configuration of the run behind the checkpoint, as for `fit`.
+"""
+# All verdicts together are wrong of a correct trainer with this chance.
+_SIGNIFICANCE = 0.01
+_MEMBERSHIP = ("attack", "AUROC", "TPR at 1 % FPR", "advantage", "95 % interval")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """What a checkpoint says of its privacy.
+
+    Args:
+        epsilon: ε of what was charged; infinite in deterministic test mode.
+        delta: δ.
+        unit: What is protected.
+        steps: Private steps charged.
+        ceiling: δ(0): no attack on one unit has a larger advantage.
+        generic: The same by (ε, δ) alone, whatever the mechanism.
+    """
+
+    epsilon: float
+    delta: float
+    unit: str
+    steps: int
+    ceiling: float
+    generic: float
+
+
+def run_audit(words: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        words: The options behind ``audit``.
+
+    Returns:
+        The exit code: 1 if an attack went beyond what the claimed ε allows, else 0.
+
+    Raises:
+        ConfigurationError: There is no such checkpoint, or it is none of Lightning's.
+    """
+    options, rest = parsed(words)
+    claim = read_claim(options.checkpoint)
+    _AuditCLI.rows = options.rows
+    cli = _AuditCLI(["validate", *rest, "--ckpt_path", str(options.checkpoint)])
+    return 1 if print_audit(cli.leakage, claim, cli.validated) else 0
+
+
+def parsed(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read the options of this command.
+
+    Args:
+        words: The options behind ``audit``.
+
+    Returns:
+        Their values, and the words for the configuration.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-privacy audit",
+        description=_DESCRIPTION,
+        epilog="All other options are those of `lightning-privacy validate`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .ckpt of the run")
+    parser.add_argument(
+        "--rows", type=int, default=512, help="most examples of each side (default 512)"
+    )
+    return parser.parse_known_args(words)
+
+
+def read_claim(checkpoint: Path) -> Claim | None:
+    """Read what a checkpoint says of its privacy.
+
+    Args:
+        checkpoint: The file.
+
+    Returns:
+        The claim; None if the run was not private.
+
+    Raises:
+        ConfigurationError: There is no such file, or it cannot be read.
+    """
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state: Any = content["callbacks"].get(STATE_KEY)
+    except Exception as error:
+        raise ConfigurationError(
+            must="CHECKPOINT is a file that Lightning's trainer saved",
+            found=f"{checkpoint}: {type(error).__name__}: {str(error)[:200]}",
+            cost="an audit of nothing",
+            remedy="give the path of a .ckpt file",
+        ) from error
+    if not state:
+        return None
+    plan, ledger = PrivacyPlan.from_dict(state["plan"]), Ledger()
+    ledger.load_state_dict(state["ledger"])
+    # Noise that can be recomputed is none.
+    known = plan.deterministic
+    spent = math.inf if known else epsilon(ledger.releases, plan.delta, plan.accountant)
+    return Claim(
+        epsilon=spent,
+        delta=plan.delta,
+        unit=str(plan.unit),
+        steps=ledger.count,
+        ceiling=1.0 if known else advantage_ceiling(ledger.releases),
+        generic=1.0 if math.isinf(spent) else generic_advantage_ceiling(spent, plan.delta),
+    )
+
+
+def print_audit(leakage: Leakage, claim: Claim | None, validated: dict[str, float]) -> bool:
+    """Print what was found beside what is allowed, and the verdict.
+
+    Args:
+        leakage: What the attacks found.
+        claim: What the checkpoint says.
+        validated: What the validation logged.
+
+    Returns:
+        Whether an attack went beyond what the claim allows.
+    """
+    rows = [
+        (f.attack, f"{f.auroc:.3f}", f"{f.tpr:.3f}", f"{f.advantage:.3f}",
+         f"{f.lower:.3f} to {f.upper:.3f}")
+        for f in leakage.membership
+    ]  # fmt: skip
+    print_table(not_covered("Leakage measured"), _MEMBERSHIP, rows)
+    print_table(not_covered("What else was measured"), ("", ""), _others(leakage, validated))
+    print_table("What ε allows", ("", ""), _allowed(claim))
+    beyond = [] if claim is None else _beyond(leakage, claim)
+    print(_verdict(leakage, claim, beyond))
+    return bool(beyond)
+
+
+def _others(leakage: Leakage, validated: dict[str, float]) -> list[tuple[str, str]]:
+    rows = [(name, f"{value:.4f}") for name, value in validated.items()]
+    if leakage.blind is not None:
+        rows.append(("AUROC without any model", f"{leakage.blind.auroc:.3f}"))
+    found = leakage.secrets
+    if found is not None:
+        rows += [
+            ("exposure of members' secrets", f"{found.inside:.2f} of {found.largest:.2f} bits"),
+            ("exposure of unseen secrets", f"{found.outside:.2f} bits (1.44 expected)"),
+            ("secrets that can be read off", f"{found.extracted:.1%}"),
+        ]
+    return rows
+
+
+def _allowed(claim: Claim | None) -> list[tuple[str, str]]:
+    if claim is None:
+        return [("guarantee", "none: this checkpoint is of a run without privacy")]
+    return [
+        ("epsilon of the steps charged", shown_epsilon(claim.epsilon)),
+        ("delta", f"{claim.delta:g}"),
+        ("privacy unit", claim.unit),
+        ("private steps charged", str(claim.steps)),
+        ("largest advantage, δ(0) of the mechanism", f"{claim.ceiling:.3f}"),
+        ("largest advantage by ε and δ alone", f"{claim.generic:.3f}"),
+    ]
+
+
+def _beyond(leakage: Leakage, claim: Claim) -> list[str]:
+    """Attacks whose advantage is surely above the ceiling, all of them counted."""
+    confidence = 1 - _SIGNIFICANCE / max(1, len(leakage.scores))
+    found = []
+    for name, scores in leakage.scores.items():
+        lower = membership_advantage(scores, leakage.member, confidence=confidence).lower
+        if float(lower) > claim.ceiling:
+            found.append(name)
+    return found
+
+
+def _verdict(leakage: Leakage, claim: Claim | None, beyond: list[str]) -> str:
+    if leakage.blind is not None and leakage.blind.suspicious:
+        return (
+            "Verdict: none. Members and others can be told apart without any model, so that the "
+            "attacks show the split and not leakage."
+        )
+    if claim is None:
+        return "Verdict: none. Without a guarantee, any leakage is possible, and may be missed."
+    if beyond:
+        return (
+            f"Verdict: REFUTED by {', '.join(beyond)}. If a random split decided who was trained "
+            f"on, one {claim.unit} at a time, this run is not what its ε says."
+        )
+    room = max(float(f.advantage) for f in leakage.membership)
+    return (
+        f"Verdict: nothing found that ε does not allow. The best attack has an advantage of "
+        f"{room:.3f}, and ε allows {claim.ceiling:.3f}. That these attacks found no more does not "
+        "show that there is no more."
+    )
+
+
+class _AuditCLI(PrivacyCLI):
+    """Validates a checkpoint, and then attacks the model with its data."""
+
+    rows: ClassVar[int]
+    leakage: Leakage
+    validated: dict[str, float]
+    _before: Any
+
+    def before_validate(self) -> None:
+        """Keep the model as it was before the training: the seed gives it the same weights."""
+        if self.datamodule is None:
+            raise ConfigurationError(
+                must="an audit knows the data of the run",
+                found="no group `data` in the configuration",
+                cost="no members to attack",
+                remedy="pass --config with the recipe of the run",
+            )
+        self._before = copy.deepcopy(self.model)
+
+    def after_validate(self) -> None:
+        """Attack."""
+        metrics = self.trainer.callback_metrics
+        self.validated = {name: float(value) for name, value in metrics.items() if "val" in name}
+        model = self.model.to(self.trainer.strategy.root_device)
+        with adapters_off(model) as adapted:
+            pass
+        reference: Reference = "adapters" if adapted else self._before.to(model.device)
+        self.leakage = measure_leakage(model, self.datamodule, reference=reference, rows=self.rows)

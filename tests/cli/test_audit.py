@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_privacy.audit import BlindBaseline, Leakage, membership_figures
+from lightning_privacy.cli import main
+from lightning_privacy.cli.audit import Claim, print_audit, read_claim
+from lightning_privacy.errors import ConfigurationError
+
+pytest.importorskip("transformers")
+
+
+def leakage(shift: float, **more) -> Leakage:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(400, generator=generator, dtype=torch.float64)
+    member = torch.arange(400) < 200
+    scores[member] += shift
+    return Leakage(
+        membership=(membership_figures("loss", scores, member),),
+        scores={"loss": scores},
+        member=member,
+        **more,
+    )
+
+
+def claim(ceiling: float) -> Claim:
+    return Claim(epsilon=1.0, delta=1e-5, unit="example", steps=9, ceiling=ceiling, generic=0.5)
+
+
+def test_an_attack_beyond_the_ceiling_refutes_the_claim(capsys):
+    assert print_audit(leakage(4.0), claim(0.3), {})
+    assert "REFUTED by loss" in capsys.readouterr().out
+    assert not print_audit(leakage(4.0), claim(0.999), {})
+    assert not print_audit(leakage(0.0), claim(0.1), {"val_loss": 2.0})
+    shown = capsys.readouterr().out
+    assert "nothing found that ε does not allow" in shown
+    assert "Leakage measured [not covered by ε]" in shown
+
+
+def test_a_split_that_is_seen_without_the_model_gives_no_verdict(capsys):
+    print_audit(leakage(4.0, blind=BlindBaseline(0.9, True)), claim(0.999), {})
+    assert "can be told apart without any model" in capsys.readouterr().out
+
+
+def test_a_run_without_privacy_has_nothing_to_refute(capsys):
+    assert not print_audit(leakage(4.0), None, {})
+    assert "Without a guarantee" in capsys.readouterr().out
+
+
+def test_the_command_attacks_a_checkpoint(recipe, folder, capsys):
+    words = ["--config", recipe, "--trainer.enable_checkpointing", "true"]
+    words += ["--trainer.default_root_dir", str(folder)]
+    assert main(["fit", *words]) == 0
+    (checkpoint,) = folder.rglob("*.ckpt")
+    found = read_claim(checkpoint)
+    assert found is not None
+    assert found.steps == 2
+    assert 0 < found.ceiling < found.generic < 1
+    capsys.readouterr()
+    assert main(["audit", str(checkpoint), *words, "--rows", "16"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("ratio", "min_k_plus_plus", "exposure of members' secrets", "Verdict", "val_loss"):
+        assert part in shown
+    assert f"{found.ceiling:.3f}" in shown
+
+
+def test_known_noise_is_none(recipe, folder):
+    words = ["--config", recipe, "--trainer.enable_checkpointing", "true"]
+    words += ["--trainer.default_root_dir", str(folder), "--privacy.test_seed", "5"]
+    assert main(["fit", *words]) == 0
+    (checkpoint,) = folder.rglob("*.ckpt")
+    found = read_claim(checkpoint)
+    assert found is not None
+    assert math.isinf(found.epsilon)
+    assert found.ceiling == 1.0
+
+
+def test_what_is_no_checkpoint_is_refused(recipe, tmp_path, capsys):
+    assert main(["audit", str(tmp_path / "none.ckpt"), "--config", recipe]) == 2
+    assert "none.ckpt" in capsys.readouterr().err
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    with pytest.raises(ConfigurationError, match="Lightning's trainer"):
+        read_claim(tmp_path / "other.ckpt")
+    torch.save({"callbacks": {}}, tmp_path / "plain.ckpt")
+    assert read_claim(tmp_path / "plain.ckpt") is None
