@@ -205,7 +205,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _flush_directory(self.path.parent)
+            flush_directory(self.path.parent)
         self._complete_bytes += len(line)
 
     def _read(self) -> None:
@@ -252,7 +252,7 @@ def _opened(line: bytes) -> dict[str, Any]:
     return entry
 
 
-def _flush_directory(directory: Path) -> None:
+def flush_directory(directory: Path) -> None:
     # A new file's name is safe only when its directory has been flushed too.
     if os.name != "posix":
         return

@@ -15,8 +15,9 @@ from lightning_privacy.callbacks._bookings import Bookings
 from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.callbacks._planning import EpsilonSoFar, epsilon_of
 from lightning_privacy.callbacks._population import population_of
+from lightning_privacy.callbacks._seal import Seal
 from lightning_privacy.callbacks._settings import PrivacySettings
-from lightning_privacy.callbacks._state import STATE_KEY, RunState, local_directory
+from lightning_privacy.callbacks._state import STATE_KEY, RunState, journal_directory
 from lightning_privacy.callbacks._tally import Tally
 from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_seed
@@ -98,6 +99,7 @@ class DifferentialPrivacy(Callback):
         journal: Whether to reserve steps on disk before they run, so that a crash loses no spent
             budget. Needed to resume truthfully.
         journal_dir: Where to put the journal; by default beside the checkpoints.
+        trust_checkpoint: Whether to resume from a checkpoint that was sealed on another machine.
         ledger: What all runs on the data set have spent together: the planned steps are reserved
             there before the first one, and refused if the data set's budget does not allow them.
         print_table: Whether to print the closing table at the end of the fit.
@@ -136,6 +138,7 @@ class DifferentialPrivacy(Callback):
         test_seed: int | None = None,
         journal: bool = True,
         journal_dir: str | None = None,
+        trust_checkpoint: bool = False,
         ledger: PrivacyLedger | None = None,
         print_table: bool = True,
     ) -> None:
@@ -166,6 +169,7 @@ class DifferentialPrivacy(Callback):
         )
         self.print_table = print_table
         self._bookings = Bookings(ledger, journal)
+        self._seal = Seal(trust=trust_checkpoint)
         self._state = RunState()
         self._tally = Tally()
         self._secret = b""
@@ -288,6 +292,8 @@ class DifferentialPrivacy(Callback):
         self._bookings.reserve(self._state)
         if trainer.checkpoint_callbacks:
             self._open_journal()
+            if self.settings.test_seed is None:
+                self._seal.prepare()
         step = PrivateStep(
             parameters=parameters,
             plan=plan,
@@ -351,8 +357,7 @@ class DifferentialPrivacy(Callback):
         if self._run is None:
             return
         self._run.close()
-        self._state.settle_journal()
-        self._bookings.settle(self._state)
+        self._bookings.close(self._state)
         # Without a run the strategy validates, tests and predicts as ever, and refuses to fit.
         trainer.strategy.private_run = self._run = None
         self._so_far = None
@@ -369,7 +374,7 @@ class DifferentialPrivacy(Callback):
         """What was spent and handed out. Opens the journal: from now on a resume is possible."""
         if self._run is not None and self._run.step is not None:
             self._open_journal()
-        return self._state.state_dict()
+        return self._seal.sealed(self._state.state_dict())
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -377,6 +382,7 @@ class DifferentialPrivacy(Callback):
         # Validation, test and prediction load callbacks, too, and must not turn the ledger back.
         if self._stage not in {"fit", None}:
             return
+        self._seal.verify(state_dict)
         directories = [self._journal_directory()]
         if self._trainer is not None and self._trainer.ckpt_path is not None:
             directories.append(Path(self._trainer.ckpt_path).parent)
@@ -388,9 +394,4 @@ class DifferentialPrivacy(Callback):
             self._state.open_journal(self._journal_directory())
 
     def _journal_directory(self) -> Path:
-        if self.settings.journal_dir is not None:
-            return Path(self.settings.journal_dir)
-        if self._trainer is None:
-            return Path()
-        checkpoints = getattr(self._trainer.checkpoint_callback, "dirpath", None)
-        return local_directory(checkpoints or self._trainer.default_root_dir)
+        return journal_directory(self.settings.journal_dir, self._trainer)
