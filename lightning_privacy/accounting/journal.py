@@ -253,7 +253,11 @@ def _opened(line: bytes) -> dict[str, Any]:
 
 
 def flush_directory(directory: Path) -> None:
-    # A new file's name is safe only when its directory has been flushed too.
+    """Flushes a directory: a new file's name is safe only when that was done, too.
+
+    Args:
+        directory: Where the file was made.
+    """
     if os.name != "posix":
         return
     descriptor = os.open(directory, os.O_RDONLY)

@@ -67,6 +67,7 @@ class PrivacySettings:
     test_seed: int | None
     journal: bool
     journal_dir: str | None
+    secure_rounding: bool
 
     def __post_init__(self) -> None:
         """Check every argument that can be checked without a data set."""

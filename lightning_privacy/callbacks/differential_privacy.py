@@ -20,7 +20,7 @@ from lightning_privacy.callbacks._settings import PrivacySettings
 from lightning_privacy.callbacks._state import STATE_KEY, RunState, journal_directory
 from lightning_privacy.callbacks._tally import Tally
 from lightning_privacy.errors import GuaranteeError
-from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_seed
+from lightning_privacy.noise import fresh_secret, secret_from_seed
 from lightning_privacy.reports import PrivacySummary, print_summary
 from lightning_privacy.sampling import PrivateLoader
 from lightning_privacy.sampling.loader import check_loader
@@ -100,6 +100,8 @@ class DifferentialPrivacy(Callback):
             budget. Needed to resume truthfully.
         journal_dir: Where to put the journal; by default beside the checkpoints.
         trust_checkpoint: Whether to resume from a checkpoint that was sealed on another machine.
+        secure_rounding: Whether to release on a public grid, so that the low bits of floating point
+            tell nothing about the sum (see `GridNoise`). Slower noise; one process only.
         ledger: What all runs on the data set have spent together: the planned steps are reserved
             there before the first one, and refused if the data set's budget does not allow them.
         print_table: Whether to print the closing table at the end of the fit.
@@ -139,6 +141,7 @@ class DifferentialPrivacy(Callback):
         journal: bool = True,
         journal_dir: str | None = None,
         trust_checkpoint: bool = False,
+        secure_rounding: bool = False,
         ledger: PrivacyLedger | None = None,
         print_table: bool = True,
     ) -> None:
@@ -166,6 +169,7 @@ class DifferentialPrivacy(Callback):
             test_seed=test_seed,
             journal=journal,
             journal_dir=journal_dir,
+            secure_rounding=secure_rounding,
         )
         self.print_table = print_table
         self._bookings = Bookings(ledger, journal)
@@ -297,7 +301,7 @@ class DifferentialPrivacy(Callback):
         step = PrivateStep(
             parameters=parameters,
             plan=plan,
-            noise=GaussianNoise(self._secret),
+            noise=_planning.noise_of(self.settings, plan, self._secret, trainer, parameters),
             loss_reduction=self.settings.loss_reduction,
             local_rate=self.settings.local_learning_rate or 0.0,
         )
@@ -383,7 +387,7 @@ class DifferentialPrivacy(Callback):
         if self._stage not in {"fit", None}:
             return
         self._seal.verify(state_dict)
-        directories = [self._journal_directory()]
+        directories = [journal_directory(self.settings.journal_dir, self._trainer)]
         if self._trainer is not None and self._trainer.ckpt_path is not None:
             directories.append(Path(self._trainer.ckpt_path).parent)
         self._state.restore(state_dict, directories, self.settings.journal)
@@ -391,7 +395,4 @@ class DifferentialPrivacy(Callback):
 
     def _open_journal(self) -> None:
         if self.settings.journal and self.settings.test_seed is None:
-            self._state.open_journal(self._journal_directory())
-
-    def _journal_directory(self) -> Path:
-        return journal_directory(self.settings.journal_dir, self._trainer)
+            self._state.open_journal(journal_directory(self.settings.journal_dir, self._trainer))
