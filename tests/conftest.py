@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test reads what another run has remembered, or leaves something to be remembered.
 os.environ["LIGHTNING_PRIVACY_CACHE"] = "off"
+_STATE = tempfile.TemporaryDirectory(prefix="lightning-privacy-")
+os.environ["LIGHTNING_PRIVACY_STATE"] = _STATE.name
 # Where several processes share the suite, each has one core.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -48,15 +48,17 @@ class Journal:
             cost="a crash that loses spent budget, or a flush to disk that promises nothing",
             remedy="pass how many releases one flush to disk covers, for instance 50",
         )
-        self._segments: list[GaussianRelease] = []
-        self._open: int | None = None
+        # Closed blocks, equal neighbours as one, and the open one: a long run keeps few of them.
+        self._closed: list[GaussianRelease] = []
+        self._closed_count = 0
+        self._promised: GaussianRelease | None = None
         self._complete_bytes = self._known_bytes = 0
         self._read()
 
     @property
     def reserved(self) -> int:
         """How many releases the file charges, over all runs that wrote to it."""
-        return sum(segment.count for segment in self._segments)
+        return self._closed_count + self.open_block()
 
     def reserve(self, up_to: int, release: GaussianRelease) -> None:
         """Promises, on disk, that the releases before number ``up_to`` may run.
@@ -86,16 +88,15 @@ class Journal:
                 found=f"a release with count {release.count}",
                 remedy="reserve with `plan.release(1)`",
             )
-        if self._open is not None and not self._same(release):
+        if self._promised is not None and not self._promised.same_mechanism(release):
             self.record(up_to - 1)
         if up_to <= self.reserved:
             return
         start = self.reserved
         count = max(self.block, up_to - start)
-        segment = release.times(count)
-        self._append({"kind": "reserve", "start": start, **segment.to_dict()})
-        self._segments.append(segment)
-        self._open = start
+        promised = release.times(count)
+        self._append({"kind": "reserve", "start": start, **promised.to_dict()})
+        self._promise(promised)
 
     def record(self, count: int) -> None:
         """Says on disk that ``count`` releases have started in all, and closes the open block.
@@ -117,12 +118,12 @@ class Journal:
             cost="a charge that does not fit what ran",
             remedy="pass the number of releases started so far",
         )
-        if count == self.reserved and self._open is None:
+        if count == self.reserved and self._promised is None:
             return
-        start = self.reserved if self._open is None else self._open
-        if not start <= count <= self.reserved:
+        if not self._closed_count <= count <= self.reserved:
             raise _broken(
-                must=f"a record must lie in the open block, between {start} and {self.reserved}",
+                must=f"a record must lie in the open block, between {self._closed_count} and "
+                f"{self.reserved}",
                 found=f"a record of {count} releases",
                 remedy="reserve every release before it runs, and record only what started",
             )
@@ -135,7 +136,7 @@ class Journal:
         Returns:
             The length of the block that no `record` has closed; 0 if there is none.
         """
-        return 0 if self._open is None else self.reserved - self._open
+        return 0 if self._promised is None else self._promised.count
 
     def charged(self, after: int = 0) -> tuple[GaussianRelease, ...]:
         """Returns what a resume must charge: every release after the first ``after``.
@@ -164,23 +165,25 @@ class Journal:
                 remedy="resume with the journal that was written beside the checkpoint",
             )
         left: list[GaussianRelease] = []
-        for segment in self._segments:
+        for segment in (*self._closed, *([self._promised] if self._promised else [])):
             skipped = min(after, segment.count)
             after -= skipped
             if segment.count > skipped:
                 left.append(segment.times(segment.count - skipped))
         return tuple(left)
 
-    def _same(self, release: GaussianRelease) -> bool:
-        return self._segments[-1].same_mechanism(release)
+    def _promise(self, block: GaussianRelease) -> None:
+        self._close(self.reserved)
+        self._promised = block
 
     def _close(self, count: int) -> None:
-        if self._open is not None:
-            kept = count - self._open
-            last = self._segments.pop()
-            if kept:
-                self._segments.append(last.times(kept))
-        self._open = None
+        kept = count - self._closed_count
+        if self._promised is not None and kept:
+            last = self._promised.times(kept)
+            if self._closed and self._closed[-1].same_mechanism(last):
+                last = last.times(kept + self._closed.pop().count)
+            self._closed.append(last)
+        self._closed_count, self._promised = count, None
 
     def _append(self, entry: dict[str, Any]) -> None:
         """Writes one line and returns when it is on the disk."""
@@ -202,7 +205,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _flush_directory(self.path.parent)
+            flush_directory(self.path.parent)
         self._complete_bytes += len(line)
 
     def _read(self) -> None:
@@ -227,11 +230,9 @@ class Journal:
         if kind == "reserve":
             if entry.pop("start") != self.reserved:
                 raise ValueError("a gap, or two writers")
-            self._segments.append(GaussianRelease.from_dict(entry))
-            self._open = self.reserved - self._segments[-1].count
+            self._promise(GaussianRelease.from_dict(entry))
         elif kind == "record":
-            start = self.reserved if self._open is None else self._open
-            if not start <= entry["count"] <= self.reserved:
+            if not self._closed_count <= entry["count"] <= self.reserved:
                 raise ValueError("a record outside its block")
             self._close(entry["count"])
         else:
@@ -251,8 +252,12 @@ def _opened(line: bytes) -> dict[str, Any]:
     return entry
 
 
-def _flush_directory(directory: Path) -> None:
-    # A new file's name is safe only when its directory has been flushed too.
+def flush_directory(directory: Path) -> None:
+    """Flushes a directory: a new file's name is safe only when that was done, too.
+
+    Args:
+        directory: Where the file was made.
+    """
     if os.name != "posix":
         return
     descriptor = os.open(directory, os.O_RDONLY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_privacy.callbacks.attention_noise import AttentionNoise
 from lightning_privacy.callbacks.canaries import Canaries, CanaryAudit
+from lightning_privacy.callbacks.checkpoints import newest_checkpoint
 from lightning_privacy.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_privacy.callbacks.leakage_monitor import LeakageMonitor
 from lightning_privacy.callbacks.memory_cap import MemoryCap
@@ -21,4 +22,5 @@ __all__ = [
     "PrivacyReport",
     "Study",
     "StudyMode",
+    "newest_checkpoint",
 ]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from lightning_privacy.callbacks import _ranks, _validation
 from lightning_privacy.callbacks._checks import RowChecks
+from lightning_privacy.callbacks._planning import noise_of
 from lightning_privacy.errors import UnsupportedOperationError
-from lightning_privacy.noise import GaussianNoise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +55,7 @@ def make_step(
     settings: PrivacySettings,
     run: PrivateRun,
     world: World,
-    parameters: Mapping[str, nn.Parameter],
+    checked: tuple[Mapping[str, nn.Parameter], Layouts],
     plan: PrivacyPlan,
     secret: bytes,
 ) -> PrivateStep:
@@ -65,22 +65,25 @@ def make_step(
         settings: What the user configured.
         run: The private run.
         world: The ranks.
-        parameters: The covered parameters by name.
+        checked: From `checked_parameters`.
         plan: The plan.
         secret: Keys this rank's noise.
 
     Returns:
-        The step, which knows no layouts yet.
+        The step.
     """
+    parameters, layouts = checked
     make = run.step_class if settings.study is None else settings.step_type
-    return make(
+    step = make(
         parameters=parameters,
         plan=plan,
-        noise=GaussianNoise(secret),
+        noise=noise_of(settings, plan, secret, run.trainer, parameters),
         loss_reduction=settings.loss_reduction,
         local_rate=settings.local_learning_rate or 0.0,
         world=world,
     )
+    step.layouts = layouts
+    return step
 
 
 def _refuse_study(settings: PrivacySettings) -> None:

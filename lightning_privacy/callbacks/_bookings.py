@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
+import warnings
 from typing import TYPE_CHECKING
 
 from lightning_privacy.errors import ConfigurationError
@@ -77,6 +79,23 @@ class Bookings:
         if self._ledger is not None and self._open:
             self._open = False
             self._ledger.settle(state.run, self._public(list(state.ledger.releases), state))
+
+    def close(self, state: RunState) -> None:
+        """Close journal and ledger. Where the disk refuses, what was reserved stays charged.
+
+        Args:
+            state: What was charged.
+        """
+        try:
+            state.settle_journal()
+            self.settle(state)
+        except (OSError, sqlite3.Error) as error:
+            # An error in here would hide the one that ended the fit, most likely the same.
+            warnings.warn(
+                f"The privacy journal could not be closed ({error}): a resume charges every step "
+                "that was reserved, also those that never ran.",
+                stacklevel=2,
+            )
 
     @staticmethod
     def _public(releases: list[GaussianRelease], state: RunState) -> list[GaussianRelease]:

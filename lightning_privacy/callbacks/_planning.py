@@ -12,16 +12,25 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_privacy.accounting import GaussianRelease, epsilon
 from lightning_privacy.callbacks._state import RunState, budget_spent
 from lightning_privacy.callbacks._tiers import tier_settings, tiered_plan
-from lightning_privacy.errors import BudgetExceededError, ConfigurationError, GuaranteeError
+from lightning_privacy.errors import (
+    BudgetExceededError,
+    ConfigurationError,
+    GuaranteeError,
+    UnsupportedOperationError,
+)
+from lightning_privacy.noise import GaussianNoise
+from lightning_privacy.noise.grid import ROUNDING_SLACK, GridNoise
 from lightning_privacy.plan import PrivacyPlan, precision_slack_for, resolve_sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from torch import nn
     from torch.utils.data import DataLoader
 
     from lightning_privacy.callbacks._population import Population
     from lightning_privacy.callbacks._settings import PrivacySettings
+    from lightning_privacy.noise import NoiseMechanism
     from lightning_privacy.sampling import ResolvedSampling
     from lightning_privacy.types import AccountantName
 
@@ -108,7 +117,8 @@ def _fixed_fields(
         "clipping": settings.clipping,
         "delta": settings.delta,
         "accountant": settings.accountant,
-        "precision_slack": precision_slack_for(trainer.precision),
+        "precision_slack": precision_slack_for(trainer.precision)
+        + (ROUNDING_SLACK if settings.secure_rounding else 0.0),
         "releases_per_draw": releases,
         "deterministic": settings.test_seed is not None or settings.study is not None,
     }
@@ -158,6 +168,9 @@ def _same(settings: PrivacySettings, state: RunState, fixed: dict[str, Any]) -> 
     if settings.tiers is not None:
         # They come from the settings that are compared below.
         wanted = {name: wanted[name] for name in wanted if name not in {"clip_norm", "sample_rate"}}
+    if fixed["precision_slack"] <= stored.precision_slack:
+        # Contributions exceed C by less than is accounted for: the earlier figure stays a bound.
+        del wanted["precision_slack"]
     differences = [
         f"{name} {before[name]!r} there, {value!r} here"
         for name, value in wanted.items()
@@ -198,6 +211,13 @@ def _remaining(trainer: Any, epoch: int, releases: int, done: int) -> int | None
     """How many draws this fit will still make; None if it has no end of its own."""
     limit = trainer.limit_train_batches
     batches = min(epoch, limit) if isinstance(limit, int) else int(epoch * limit)
+    if limit and not batches:
+        raise ConfigurationError(
+            must="limit_train_batches leaves a private step in each epoch",
+            found=f"limit_train_batches={limit} of {epoch} private steps",
+            cost="epochs without training",
+            remedy="pass a whole number of steps, or a larger share",
+        )
     ends = []
     if trainer.max_epochs not in {None, -1}:
         ends.append(trainer.max_epochs * batches)
@@ -244,6 +264,45 @@ def _endless() -> ConfigurationError:
         cost="an ε that grows without a bound",
         remedy="set Trainer(max_epochs=...) or max_steps, or pass both epsilon and "
         "noise_multiplier: training then stops before ε is exceeded",
+    )
+
+
+def noise_of(
+    settings: PrivacySettings,
+    plan: PrivacyPlan,
+    secret: bytes,
+    trainer: Any,
+    parameters: Mapping[str, nn.Parameter],
+) -> NoiseMechanism:
+    """Make the source of noise of a run.
+
+    Args:
+        settings: What the user configured.
+        plan: Says how much noise.
+        secret: Keys it.
+        trainer: Knows the number of processes.
+        parameters: What is released.
+
+    Returns:
+        The noise.
+
+    Raises:
+        UnsupportedOperationError: Secure rounding with several processes.
+    """
+    noise = GaussianNoise(secret)
+    if not settings.secure_rounding or not plan.noise_multiplier:
+        return noise
+    if trainer.world_size > 1:
+        raise UnsupportedOperationError(
+            must="with secure_rounding one process rounds the whole sum",
+            found=f"{trainer.world_size} processes",
+            cost="parts that are rounded one by one, for which the accounting does not hold",
+            remedy="train in one process, or leave secure_rounding out",
+        )
+    return GridNoise(
+        noise,
+        noise_multiplier=plan.noise_multiplier,
+        dimension=sum(parameter.numel() for parameter in parameters.values()),
     )
 
 

@@ -72,6 +72,7 @@ class PrivacySettings:
     test_seed: int | None
     journal: bool
     journal_dir: str | None
+    secure_rounding: bool
     study: Study | None = None
 
     def __post_init__(self) -> None:

@@ -70,6 +70,7 @@ class RunState:
         self.steps = 0
         self.journal: Journal | None = None
         self.planned_epsilon = 0.0
+        self._charging = False
 
     # ------------------------------------------------------------------ while training
     def drawn(self, cursor: int) -> None:
@@ -110,10 +111,14 @@ class RunState:
         if self.limit is not None and self.ledger.count >= self.limit:
             raise budget_spent(self.ledger.count, self.limit)
         release = plan.release(1)
-        if self.journal is not None:
-            self.journal.reserve(self.ledger.count + 1, release)
-        self.ledger.record(release)
-        self.steps += 1
+        self._charging = True
+        try:
+            if self.journal is not None:
+                self.journal.reserve(self.ledger.count + 1, release)
+            self.ledger.record(release)
+            self.steps += 1
+        finally:
+            self._charging = False
 
     # ------------------------------------------------------------------ several ranks
     def agree(self, world: World) -> None:
@@ -155,8 +160,12 @@ class RunState:
         self.settle_journal()
 
     def settle_journal(self) -> None:
-        """Write how many releases have started, so that a resume charges no more than those."""
-        if self.journal is None or self.plan is None:
+        """Write how many releases have started, so that a resume charges no more than those.
+
+        A signal may ask for a checkpoint while a release is being charged (SLURM's requeue does).
+        Then nothing is written into the line that is being written, and the open block stays.
+        """
+        if self.journal is None or self.plan is None or self._charging:
             return
         count = self.ledger.count
         if self.journal.reserved < max(1, count):
@@ -282,32 +291,12 @@ def budget_spent(count: int, limit: int) -> BudgetExceededError:
     )
 
 
-def journal_directory(chosen: str | None, trainer: Any) -> Path:
-    """Where the journal goes.
+def journal_directory(configured: str | None, trainer: Any) -> Path:
+    """Where a new journal goes: a place that can be flushed to disk.
 
     Args:
-        chosen: What the user asked for; by default beside the checkpoints.
-        trainer: The trainer of the fit, or None.
-
-    Returns:
-        A directory.
-
-    Raises:
-        ConfigurationError: Checkpoints go to an object store.
-    """
-    if chosen is not None:
-        return Path(chosen)
-    if trainer is None:
-        return Path()
-    checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return local_directory(checkpoints or trainer.default_root_dir)
-
-
-def local_directory(place: str) -> Path:
-    """Refuse a place that cannot be flushed to disk.
-
-    Args:
-        place: Where the checkpoints go.
+        configured: What the user said.
+        trainer: Knows where the checkpoints go; None before there is one.
 
     Returns:
         The directory.
@@ -315,6 +304,10 @@ def local_directory(place: str) -> Path:
     Raises:
         ConfigurationError: It is the address of an object store.
     """
+    if configured is not None or trainer is None:
+        return Path(configured or "")
+    checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+    place = str(checkpoints or trainer.default_root_dir)
     if "://" in place:
         raise ConfigurationError(
             must="the journal lies on a disk that can be flushed",

@@ -17,6 +17,7 @@ from lightning_privacy.callbacks._home import Home
 from lightning_privacy.callbacks._logging import log_step
 from lightning_privacy.callbacks._planning import EpsilonSoFar, epsilon_of
 from lightning_privacy.callbacks._population import population_of
+from lightning_privacy.callbacks._seal import Seal
 from lightning_privacy.callbacks._settings import PrivacySettings
 from lightning_privacy.callbacks._state import STATE_KEY, RunState, journal_directory
 from lightning_privacy.callbacks._tally import Tally
@@ -99,6 +100,9 @@ class DifferentialPrivacy(Callback):
         journal: Whether to reserve steps on disk before they run, so that a crash loses no spent
             budget. Needed to resume truthfully.
         journal_dir: Where to put the journal; by default beside the checkpoints.
+        trust_checkpoint: Whether to resume from a checkpoint that was sealed on another machine.
+        secure_rounding: Whether to release on a public grid, so that the low bits of floating point
+            tell nothing about the sum (see `GridNoise`). Slower noise; one process only.
         ledger: What all runs on the data set have spent together: the planned steps are reserved
             there before the first one, and refused if the data set's budget does not allow them.
         print_table: Whether to print the closing table at the end of the fit.
@@ -138,6 +142,8 @@ class DifferentialPrivacy(Callback):
         test_seed: int | None = None,
         journal: bool = True,
         journal_dir: str | None = None,
+        trust_checkpoint: bool = False,
+        secure_rounding: bool = False,
         ledger: PrivacyLedger | None = None,
         print_table: bool = True,
     ) -> None:
@@ -166,9 +172,11 @@ class DifferentialPrivacy(Callback):
             test_seed=test_seed,
             journal=journal,
             journal_dir=journal_dir,
+            secure_rounding=secure_rounding,
         )
         self.print_table = print_table
         self._bookings = Bookings(ledger, journal)
+        self._seal = Seal(trust=trust_checkpoint)
         self._state = RunState()
         self._tally = Tally()
         self.home = Home(self._state, self._tally)
@@ -290,18 +298,13 @@ class DifferentialPrivacy(Callback):
         trainer, plan = self._trainer, self._state.plan
         if trainer.ckpt_path is not None and trainer.global_step and not self._restored:
             raise _validation.state_missing(trainer.global_step)
-        assert plan is not None
-        assert self._run is not None
-        parameters, layouts = checked_parameters(self.settings, self._run, self._world)
+        assert plan and self._run
+        checked = checked_parameters(self.settings, self._run, self._world)
         if self._world.is_first:
             self._bookings.reserve(self._state)
         if trainer.checkpoint_callbacks:
             self._open_journal()
-        step = make_step(
-            self.settings, self._run, self._world, parameters, plan, self._noise_secret
-        )
-        step.layouts = layouts
-        return step
+        return make_step(self.settings, self._run, self._world, checked, plan, self._noise_secret)
 
     # ------------------------------------------------------------------ while training
     @override
@@ -351,9 +354,7 @@ class DifferentialPrivacy(Callback):
         if self._run is None:
             return
         self._run.close()
-        self._state.settle_journal()
-        if self._world.is_first:
-            self._bookings.settle(self._state)
+        self._bookings.close(self._state)
         self._world = World()
         # Without a run the strategy validates, tests and predicts as ever, and refuses to fit.
         trainer.strategy.private_run = self._run = None
@@ -371,7 +372,8 @@ class DifferentialPrivacy(Callback):
         """What was spent and handed out. Opens the journal: from now on a resume is possible."""
         if self._run is not None and self._run.step is not None:
             self._open_journal()
-        return self._state.state_dict()
+        state = self._state.state_dict()
+        return self._seal.sealed(state) if self._world.is_first else state
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -386,11 +388,17 @@ class DifferentialPrivacy(Callback):
         self._restored = True
 
     def _restore(self, state_dict: Mapping[str, Any], directories: list[Path]) -> None:
-        # The journal lies where rank 0 can read it; what it charges is charged everywhere.
+        # Journal and seal lie where rank 0 can read them; what it charges is charged everywhere.
         journal = self.settings.journal and self._world.is_first
+        if self._world.is_first:
+            self._seal.verify(state_dict)
         self._state.restore(state_dict, directories, journal)
         self._state.agree(self._world)
 
     def _open_journal(self) -> None:
-        if self.settings.journal and self.settings.test_seed is None and self._world.is_first:
-            self._state.open_journal(journal_directory(self.settings.journal_dir, self._trainer))
+        if self.settings.test_seed is None and self._world.is_first:
+            self._seal.prepare()
+            if self.settings.journal:
+                self._state.open_journal(
+                    journal_directory(self.settings.journal_dir, self._trainer)
+                )

@@ -48,6 +48,9 @@ first steps:
   lightning-privacy plan --dataset_size 10000 --expected_batch_size 256 --epochs 3 \\
       --epsilon 8 --delta 1e-5
 
+A recipe can build modules, data, callbacks and the like. From packages of your own it does so with
+a warning; `--allow_classes my_package,other.Class` names them. Nothing else is built.
+
 `lightning-privacy COMMAND --help` lists a command's options. Every option can stand in a recipe
 (`--config FILE`); options behind --config override it.
 """

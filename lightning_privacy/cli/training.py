@@ -16,6 +16,7 @@ import lightning_privacy.data
 import lightning_privacy.models
 import lightning_privacy.strategies  # noqa: F401
 from lightning_privacy.callbacks import DifferentialPrivacy, Study, StudyMode
+from lightning_privacy.cli.allowed import AllowedClasses, without_option
 from lightning_privacy.cli.comparison import (
     leakage_rows,
     train_without_privacy,
@@ -99,11 +100,17 @@ class PrivacyCLI(LightningCLI):
     The optimizer is the module's own.
 
     Args:
-        words: The command and its options.
+        words: The command and its options; ``--allow_classes`` names packages of the user's own.
+
+    Raises:
+        ConfigurationError: A recipe would build what is no part of a training.
     """
 
     def __init__(self, words: list[str]) -> None:
         self._initial: LightningModule | None = None
+        words, own = without_option(words)
+        self._allowed = AllowedClasses(own)
+        self._allowed.read(words)
         with without_noise_of_others():
             super().__init__(
                 args=words,
@@ -143,6 +150,7 @@ class PrivacyCLI(LightningCLI):
         """
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
+        self._allowed.check(self.config[self.config.subcommand])
         _share_checkpoint(self.config[self.config.subcommand])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from lightning_privacy.noise.base import NoiseMechanism
 from lightning_privacy.noise.gaussian import GaussianNoise, fresh_secret, secret_from_seed
+from lightning_privacy.noise.grid import GridNoise
 
-__all__ = ["GaussianNoise", "NoiseMechanism", "fresh_secret", "secret_from_seed"]
+__all__ = ["GaussianNoise", "GridNoise", "NoiseMechanism", "fresh_secret", "secret_from_seed"]

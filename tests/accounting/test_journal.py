@@ -250,3 +250,14 @@ def test_a_killed_process_has_paid_for_what_it_ran(tmp_path):
     journal = Journal(path, block=5)
     assert journal.charged(after=3) == (ONE.times(5),)
     assert journal.open_block() == 5
+
+
+def test_a_long_run_keeps_one_entry_for_each_mechanism_in_a_row(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", block=2)
+    run(journal, 1, 100)
+    run(journal, 101, 200, OTHER)
+    run(journal, 201, 300)
+    journal.record(300)
+    assert journal.charged() == (ONE.times(100), OTHER.times(100), ONE.times(100))
+    assert journal.charged(after=150) == (OTHER.times(50), ONE.times(100))
+    assert Journal(journal.path, block=2).charged(after=150) == journal.charged(after=150)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lightning_privacy import BudgetExceededError, ConfigurationError, UnsupportedOperationError
 from lightning_privacy.accounting import Journal
-from lightning_privacy.callbacks._state import RunState, local_directory
+from lightning_privacy.callbacks._state import RunState, journal_directory
 from lightning_privacy.plan import PrivacyPlan
 from lightning_privacy.types import NeighbouringRelation
+
+
+def trainer_at(place: str) -> Any:
+    return SimpleNamespace(checkpoint_callback=None, default_root_dir=place)
 
 
 def state_of(**changes: Any) -> RunState:
@@ -92,5 +97,35 @@ def test_a_state_is_empty_before_anything_was_planned() -> None:
 
 def test_a_journal_needs_a_disk() -> None:
     with pytest.raises(ConfigurationError, match="journal_dir"):
-        local_directory("s3://bucket/checkpoints")
-    assert local_directory("some/where") == Path("some/where")
+        journal_directory(None, trainer_at("s3://bucket/checkpoints"))
+    assert journal_directory(None, trainer_at("some/where")) == Path("some/where")
+    assert journal_directory("else/where", trainer_at("s3://bucket")) == Path("else/where")
+    assert journal_directory(None, None) == Path()
+
+
+def test_a_checkpoint_asked_for_while_a_release_is_charged_leaves_the_journal_alone(
+    tmp_path: Path,
+) -> None:
+    state = state_of()
+    state.open_journal(tmp_path)
+    for _ in range(10):
+        state.charge(0)
+    journal = state.journal
+    assert journal is not None
+    saved: list[dict[str, Any]] = []
+    promise = journal.reserve
+
+    def interrupted(up_to: int, release: Any) -> None:
+        saved.append(state.state_dict())  # what a signal's handler does
+        promise(up_to, release)
+        saved.append(state.state_dict())
+
+    journal.reserve = interrupted  # type: ignore[method-assign]
+    state.charge(0)
+    assert Journal(journal.path, 1).reserved == 20
+    for checkpoint in saved:
+        later = RunState()
+        with pytest.warns(UserWarning, match="10 private steps since the checkpoint"):
+            later.restore(checkpoint, [], journal=True)
+        assert later.ledger.count == 20
+        Journal(journal.path, 1).reserve(20, state.plan.release(1))  # type: ignore[union-attr]

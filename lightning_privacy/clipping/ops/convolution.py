@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_privacy.clipping import generic
 from lightning_privacy.clipping.registry import operation
 
 if TYPE_CHECKING:
@@ -148,11 +149,14 @@ def convolution(
     x, weight, bias, stride, padding, dilation, groups = values
     weight_slot, bias_slot = capture.slot(weight), capture.slot(bias)
     slot = weight_slot or bias_slot
-    if slot is None or x.dim() != weight.dim():
+    if x.dim() != weight.dim():
         return NotImplemented
+    x = _plainly_strided(x)
     for tensor, known in ((weight, weight_slot), (bias, bias_slot)):
         if tensor is not None and known is None and tensor.requires_grad:
-            return NotImplemented
+            return generic.apply(capture, func, (x, *values[1:]), {})
+    if slot is None:
+        return NotImplemented
     rows = capture.rows_of(slot.name, func, x)
     if rows is None or rows.dim:
         return NotImplemented
@@ -176,6 +180,16 @@ def convolution(
         groups,
     )
     return _Convolution.apply(x, capture.anchor(x.device), site)  # type: ignore[no-untyped-call]
+
+
+def _plainly_strided(x: Tensor) -> Tensor:
+    """Without strides that only a dimension of size one has: torch takes them for channels last.
+
+    Its grouped convolution of float64 then refuses to compute the gradient of the weight.
+    """
+    if x.is_cuda or x.dtype != torch.float64 or 1 not in x.shape:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _padded(

@@ -97,6 +97,20 @@ def test_a_kernel_that_is_an_expression() -> None:
     assert_exact(model, squares, numbers(B, 3, 5, 5))
 
 
+def test_one_position_whose_strides_look_like_channels_last() -> None:
+    """Torch's grouped convolution of float64 refuses them where it computes the weight's gradient.
+
+    The generic rule folds the rows into the channels, so that an ordinary batch comes to this.
+    """
+
+    def forward(m: Sketch, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1).transpose(1, 2)
+        kernel = m.kernel[:, :2]
+        return nn.functional.conv1d(x, kernel, m.bias, padding=1, groups=2).transpose(1, 2)
+
+    assert_exact(Sketch(forward, kernel=(4, 4, 3), bias=(4,)), squares, numbers(2, 1, 4))
+
+
 def test_patches_with_a_class_token_and_positions() -> None:
     def forward(m: Sketch, x: Tensor) -> Tensor:
         patches = m.conv(x).flatten(2).transpose(1, 2)

@@ -1,0 +1,151 @@
+"""Noise on a public grid: exact, of the right size, and blind to low bits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from lightning_privacy import ConfigurationError, UnsupportedOperationError
+from lightning_privacy.callbacks._planning import noise_of
+from lightning_privacy.noise import GaussianNoise, GridNoise, secret_from_seed
+from lightning_privacy.noise.grid import ROUNDING_SLACK
+from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
+
+STD, SIGMA = 1.5, 0.75
+
+
+def grid(dimension: int = 1000, draws: int = 2, secret: int = 1) -> GridNoise:
+    return GridNoise(
+        GaussianNoise(secret_from_seed(secret)),
+        noise_multiplier=SIGMA,
+        dimension=dimension,
+        draws=draws,
+    )
+
+
+def numbers(size: int = 1000, seed: int = 1) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 1000, 10**6, 7 * 10**9])
+def test_the_grid_is_as_coarse_as_the_accounting_allows(dimension: int) -> None:
+    step = grid(dimension).step(STD)
+    sensitivity = STD / SIGMA
+    assert math.log2(step).is_integer()
+    assert step * math.sqrt(dimension) <= ROUNDING_SLACK * sensitivity
+    assert 2 * step * math.sqrt(dimension) > ROUNDING_SLACK * sensitivity
+    # Noise of up to ten standard deviations, and 10,000 units, stay exact in float64.
+    assert (10 * STD + 10_000 * sensitivity) / step < 2**52
+
+
+@pytest.mark.parametrize("draws", [1, 2, 4])
+def test_everything_lies_on_the_grid_and_commutes_with_rounding(draws: int) -> None:
+    total, step = numbers(), grid().step(STD)
+    released = grid(draws=draws).add_(total.clone(), "w", 0, STD)
+    assert torch.equal((released / step).round(), released / step)
+    # The same draws without a grid, added to the rounded sum and rounded once.
+    plain = torch.zeros(1000, dtype=torch.float64)
+    source = GaussianNoise(secret_from_seed(1))
+    for draw in range(draws):
+        source.add_(plain, f"w\n\ndraw {draw}", 0, STD / math.sqrt(draws))
+    rounded = (total / step).round() * step
+    assert torch.equal(released, ((rounded + plain) / step).round() * step)
+
+
+def test_low_bits_of_the_sum_do_not_reach_the_release() -> None:
+    step = grid().step(STD)
+    whole = (numbers() / step).round() * step
+    low = whole + (torch.rand(1000, dtype=torch.float64) - 0.5) * 0.98 * step
+    assert not torch.equal(low, whole)
+    assert torch.equal(grid().add_(low, "w", 0, STD), grid().add_(whole, "w", 0, STD))
+    # Without a grid they do.
+    low = whole + (torch.rand(1000, dtype=torch.float64) - 0.5) * 0.98 * step
+    plain = [GaussianNoise(secret_from_seed(1)).add_(t, "w", 0, STD) for t in (low, whole)]
+    assert not torch.equal(*plain)
+
+
+def test_a_rounded_sum_moves_no_further_than_accounted() -> None:
+    one = numbers(seed=2)
+    other = one + numbers(seed=3) / float(numbers(seed=3).norm()) * STD / SIGMA
+    step = grid().step(STD)
+    moved = ((one / step).round() - (other / step).round()) * step
+    assert float(moved.norm()) <= STD / SIGMA * (1 + ROUNDING_SLACK)
+
+
+@pytest.mark.parametrize("draws", [1, 2, 4])
+def test_the_noise_has_the_standard_deviation_that_was_asked_for(draws: int) -> None:
+    size = 200_000
+    noise = grid(size, draws).sample("w", torch.empty(size), 3, STD)
+    assert noise.dtype == torch.float32
+    squares = float((noise.double() / STD).square().sum())
+    assert abs(squares - size) < 5 * math.sqrt(2 * size)
+    assert abs(float(noise.double().mean())) < 5 * STD / math.sqrt(size)
+    assert float(noise.abs().max()) > 3.5 * STD
+
+
+def test_draws_and_releases_differ() -> None:
+    source = grid(draws=2)
+    zeros = torch.zeros(1000, dtype=torch.float64)
+    first, second = (source.add_(zeros.clone(), "w", release, STD) for release in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_no_noise_changes_nothing_and_half_precision_is_refused() -> None:
+    total = numbers()
+    assert torch.equal(grid().add_(total.clone(), "w", 0, 0.0), total)
+    with pytest.raises(ConfigurationError, match="float32 or float64"):
+        grid().add_(total.half(), "w", 0, STD)
+
+
+@pytest.mark.parametrize("change", [{"noise_multiplier": 0}, {"dimension": 0}, {"draws": 0}])
+def test_arguments_outside_their_range(change: dict[str, Any]) -> None:
+    usual: dict[str, Any] = {"noise_multiplier": 1.0, "dimension": 1}
+    with pytest.raises(ConfigurationError):
+        GridNoise(GaussianNoise(secret_from_seed(1)), **{**usual, **change})
+
+
+# ---------------------------------------------------------------------- an option of the callback
+class Gradients(Callback):
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.found.append(torch.cat([p.grad.flatten() for p in module.parameters()]).clone())
+
+
+class Double(Regression):
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss([part.double() for part in batch])
+
+
+@pytest.mark.filterwarnings(*LIGHTNING_NOISE)
+def test_a_fit_releases_on_the_grid_and_accounts_for_it(tmp_path: Path) -> None:
+    results = []
+    for rounding in (False, True):
+        seen, callback = Gradients(), privacy(secure_rounding=rounding, test_seed=None)
+        trainer(tmp_path, callback, seen, precision="64-true").fit(Double(), loader())
+        plan = callback.plan
+        assert plan is not None
+        results.append(plan)
+        size = seen.found[0].numel()
+        coarse = GridNoise(
+            GaussianNoise(bytes(32)), noise_multiplier=plan.noise_multiplier, dimension=size
+        ).step(plan.noise_std / plan.expected_batch_size)
+        on_grid = [bool(((g / coarse).round() == g / coarse).all()) for g in seen.found]
+        assert all(on_grid) if rounding else not any(on_grid)
+    assert results[1].precision_slack == results[0].precision_slack + ROUNDING_SLACK
+    assert results[1].epsilon() >= results[0].epsilon()
+
+
+def test_several_processes_are_refused() -> None:
+    plan = SimpleNamespace(noise_multiplier=1.0)
+    settings: Any = SimpleNamespace(secure_rounding=True)
+    with pytest.raises(UnsupportedOperationError, match="2 processes"):
+        noise_of(settings, plan, bytes(32), SimpleNamespace(world_size=2), {})  # type: ignore[arg-type]
