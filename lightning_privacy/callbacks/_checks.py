@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.callbacks._probe import ROWS, LossProbe, attributes_kept
 from lightning_privacy.clipping.checks import check_independence, learn
+from lightning_privacy.clipping.company import CompanyCheck
 from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.pairs import PairCheck
 from lightning_privacy.clipping.randomness import Draws, preserved_state
 from lightning_privacy.errors import PrivacyError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _NEGLIGIBLE = 1e-3
 # The automatic rule scales up what is shorter than the clip norm, but for its stability constant.
 _NEGLIGIBLE_IF_NORMALISED = 1e-5
+# Every so many repeats all rows of a batch are compared: before draws 4, 32, 256, …
+_COMPANY_EVERY = 3
 # Parameters, frozen ones too, from which on a check's memory shows beside the training's.
 _LARGE = 10**8
 
@@ -102,6 +105,8 @@ class RowChecks:
             probe.require_rows_apart(pair)
             draws = Draws(self._repeated % len(Draws))
             self._compare_pair(probe, pair, draws, self._repeated % 2)
+            if self._repeated % _COMPANY_EVERY == 0:
+                self._compare_company(probe)
 
     def _compare(self, probe: LossProbe, rows: Sequence[int]) -> None:
         probe.require_rows_apart(rows)
@@ -115,31 +120,60 @@ class RowChecks:
         )
         for draws in Draws:
             self._compare_pair(probe, rows[:2], draws, draws % 2)
+        self._compare_company(probe)
 
     def _compare_pair(
         self, probe: LossProbe, pair: Sequence[int], draws: Draws, place: int
     ) -> None:
-        normalised = self._settings.clipping == "automatic"
-        share = _NEGLIGIBLE_IF_NORMALISED if normalised else _NEGLIGIBLE
         check = PairCheck(
             module=self._module,
             parameters=self._parameters,
             loss_of=probe,
             layouts=self._layouts,
             loss_reduction=self._settings.loss_reduction,
-            negligible=share * self._settings.clip_norm,
+            negligible=self._negligible(),
             labels=self._run.labels,
         )
-        mixed = str(self._trainer.precision).endswith("-mixed")
-        probe.full_precision = mixed
         try:
-            check.run(pair, draws, place)
+            self._in_full_precision(probe, lambda: check.run(pair, draws, place))
         except PrivacyError:
             raise
         except Exception:
-            # Some models cannot do without autocast, and some code not with improbable draws.
-            probe.full_precision = False
-            if mixed:
-                check.run(pair, draws, place)
-            elif draws is Draws.MIDDLE:
+            # Some code cannot do with improbable draws.
+            if draws is Draws.MIDDLE:
                 raise
+
+    def _compare_company(self, probe: LossProbe) -> None:
+        """Compare a batch of the training's size, if that is larger than what `_compare` saw."""
+        rows = probe.company()
+        trained = sum(parameter.numel() for parameter in self._parameters.values())
+        if len(rows) <= ROWS or trained >= _LARGE:
+            return
+        check = CompanyCheck(
+            module=self._module,
+            parameters=self._parameters,
+            loss_of=probe,
+            layouts=self._layouts,
+            loss_reduction=self._settings.loss_reduction,
+            negligible=self._negligible(),
+        )
+        self._in_full_precision(probe, lambda: check.run(rows))
+
+    def _negligible(self) -> float:
+        normalised = self._settings.clipping == "automatic"
+        share = _NEGLIGIBLE_IF_NORMALISED if normalised else _NEGLIGIBLE
+        return share * self._settings.clip_norm
+
+    def _in_full_precision(self, probe: LossProbe, check: Callable[[], None]) -> None:
+        mixed = str(self._trainer.precision).endswith("-mixed")
+        probe.full_precision = mixed
+        try:
+            check()
+        except PrivacyError:
+            raise
+        except Exception:
+            # Some models cannot do without autocast.
+            probe.full_precision = False
+            if not mixed:
+                raise
+            check()

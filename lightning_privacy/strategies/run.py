@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_privacy.clipping.guards import StateGuard
 from lightning_privacy.clipping.label_means import LabelWatch
+from lightning_privacy.strategies.batch_watch import BatchWatch
 from lightning_privacy.strategies.draw import Draw, Repeats, RowMean, loss_in
 from lightning_privacy.strategies.refusals import (
     accumulation_refused,
@@ -27,6 +28,7 @@ from lightning_privacy.strategies.refusals import (
     loaders_refused,
     not_started,
     nothing_to_release,
+    require_own_loader,
     uncovered,
     warn_never_stepped,
 )
@@ -67,6 +69,7 @@ class PrivateRun:
         recheck: Repeats the check of independence, between two draws; gets what a training step
             gets besides its batch. None: nothing is checked again.
         labels: Watches means over labels; the checks tell it whether there are any.
+        batches: Watches batches between their transfer and the training step.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class PrivateRun:
         self._repeats = Repeats()
         self.recheck: Callable[..., None] | None = None
         self.labels = LabelWatch()
+        self.batches = BatchWatch()
 
     # ------------------------------------------------------------------ loader and draws
     def prepare_loader(self, dataloader: object) -> PrivateLoader:
@@ -115,14 +119,16 @@ class PrivateRun:
         self.loader = self._prepare_loader(dataloader)
         return self.loader
 
-    def hand_out(self, ordinary: Callable[[], None]) -> None:
+    def hand_out(self, ordinary: Callable[[Any], None], batch: Any) -> None:
         """Note that Lightning holds a draw's first batch: that draw is never handed out again.
 
         Args:
             ordinary: What an ordinary strategy does.
+            batch: The batch.
         """
-        ordinary()
-        self._require_own_loader()
+        ordinary(batch)
+        self.batches.verify(batch)
+        require_own_loader(self.trainer, self.loader)
         if self.step is None:
             self.step = self._start()
             self._covered = frozenset(map(id, self.step.parameters.values()))
@@ -321,9 +327,17 @@ class PrivateRun:
         self._released += 1
 
     def forget_state(self) -> None:
-        """Take the present state as given: validation may swap averaged weights in and out."""
+        """Take the present weights as given: validation may swap averaged ones in and out."""
         if self._watched:
+            self._guard.verify_saved("during validation")
             self._watch_state()
+
+    def verify_state(self, moment: str, *, weights: bool) -> None:
+        """Refuse what was written into buffers, and weights if asked, since the last step."""
+        if self._watched:
+            self._guard.verify_saved(moment)
+            if weights:
+                self._guard.verify(moment)
 
     def _watch_state(self) -> None:
         # Contents too at steps 1, 2, 4, 8, …: only they show a write through `.data`.
@@ -344,7 +358,6 @@ class PrivateRun:
         if results is not None:
             results.batch, results.batch_size = batch, micro.drawn
 
-    # ------------------------------------------------------------------ guards
     @contextmanager
     def _restoring(self) -> Iterator[None]:
         try:
@@ -352,11 +365,6 @@ class PrivateRun:
         except BaseException:
             self.abort()
             raise
-
-    def _require_own_loader(self) -> None:
-        if self.trainer.train_dataloader is not self.loader:
-            found = type(self.trainer.train_dataloader).__name__
-            raise loaders_refused(f"Lightning iterates a {found} instead")
 
     def _require_unchanged(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:
