@@ -90,6 +90,20 @@ class CompanyCheck:
                 scaled = scaled_by(whole, halves)
                 raise dependence(self.module, name, found, tolerance, scaled, rows=len(rows))
 
+    def gradient(self, rows: Sequence[int]) -> Mapping[str, Tensor]:
+        """The sum of some rows' own gradients, by parameter name.
+
+        Args:
+            rows: data set rows.
+
+        Returns:
+            The sum; nothing is drawn at random meanwhile.
+        """
+        loss_of = steady(self.loss_of)
+        still = without_randomness()
+        with preserved_state(self.module), still, full_precision(), torch.enable_grad():
+            return self._signed(loss_of, rows, dict.fromkeys(rows, 1.0))
+
     def _signed(
         self, loss_of: LossOf, rows: Sequence[int], signs: Mapping[int, float]
     ) -> dict[str, Tensor]:
