@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from lightning_privacy.callbacks._attributes import Attributes, remembered, warning_of
 from lightning_privacy.callbacks._probe import ROWS, LossProbe, attributes_kept
 from lightning_privacy.clipping.checks import check_independence, learn
+from lightning_privacy.clipping.company import CompanyCheck
 from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.pairs import PairCheck
 from lightning_privacy.clipping.randomness import Draws, preserved_state
+from lightning_privacy.clipping.row_gradients import difference, finite, tolerance_of
 from lightning_privacy.errors import PrivacyError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 _NEGLIGIBLE = 1e-3
 # The automatic rule scales up what is shorter than the clip norm, but for its stability constant.
 _NEGLIGIBLE_IF_NORMALISED = 1e-5
+# Every so many repeats all rows of a batch are compared.
+_COMPANY_EVERY = 3
 # Parameters, frozen ones too, from which on a check's memory shows beside the training's.
 _LARGE = 10**8
 
@@ -50,6 +56,8 @@ class RowChecks:
         self._parameters = parameters
         self._layouts = Layouts()
         self._repeated = 0
+        self._attributes: Attributes | None = None
+        self._warned: set[str] = set()
 
     def before_training(self) -> Layouts:
         """Learn where the rows of a batch lie, and check that examples are independent.
@@ -60,6 +68,7 @@ class RowChecks:
         Raises:
             GuaranteeError: An example's gradient depends on other examples.
         """
+        self._attributes = Attributes(self._module, self._settings.independent_buffers)
         loader = self._run.loader
         assert loader is not None
         one_by_one = loader.batch_size == 1 and self._module.automatic_optimization
@@ -73,8 +82,8 @@ class RowChecks:
             self._layouts = learn(self._module, self._parameters, probe, rows[0])
             if checks:
                 self._compare(probe, rows)
-                # Later on nothing can be mixed where rows are computed one by one.
-                self._run.recheck = None if one_by_one else self.again
+                # Rows that are computed one by one can only be mixed by what hooks remember.
+                self._run.recheck = self.remembering if one_by_one else self.again
         return self._layouts
 
     def _most_rows(self) -> int:
@@ -102,6 +111,50 @@ class RowChecks:
             probe.require_rows_apart(pair)
             draws = Draws(self._repeated % len(Draws))
             self._compare_pair(probe, pair, draws, self._repeated % 2)
+            if self._repeated % _COMPANY_EVERY == 0:
+                self._compare_company(probe)
+        self.remembering(*arguments)
+
+    def remembering(self, *arguments: Any) -> None:
+        """Check that gradients do not depend on attributes that training has changed.
+
+        Args:
+            *arguments: What the coming training step gets besides its batch.
+
+        Raises:
+            GuaranteeError: A gradient depends on a tensor kept from earlier batches.
+        """
+        assert self._attributes is not None
+        changed = self._attributes.changed()
+        tensors = [name for name, holds_tensors in changed.items() if holds_tensors]
+        numbers = [name for name in changed if name not in {*tensors, *self._warned}]
+        loader = self._run.loader
+        assert loader is not None
+        probe = LossProbe(self._trainer, loader, self._run, arguments)
+        found = self._influence(probe, tensors)
+        if found:
+            raise remembered(tensors, found)
+        if self._influence(probe, numbers):
+            self._warned.update(numbers)
+            warnings.warn(warning_of(numbers), stacklevel=2)
+
+    def _influence(self, probe: LossProbe, names: Sequence[str]) -> float:
+        """How much a gradient changes with attributes as before the first step; 0 for rounding."""
+        if not names or self._attributes is None:
+            return 0.0
+        row, check = probe.rows(1), self._company(probe)
+        with attributes_kept(self._module), preserved_state(self._module):
+            now = check.gradient(row)
+        try:
+            with attributes_kept(self._module), self._attributes.as_before(names):
+                before = check.gradient(row)
+        except (AttributeError, KeyError, IndexError, TypeError):
+            return 0.0  # what the first hook made is not there: then nothing can be said
+        if not (finite(now) and finite(before)):
+            return 0.0
+        low = "16" in str(self._trainer.precision)
+        found = difference(now, before, floor=self._negligible(), low_precision=low)[0]
+        return found if found > tolerance_of(self._parameters, low) else 0.0
 
     def _compare(self, probe: LossProbe, rows: Sequence[int]) -> None:
         probe.require_rows_apart(rows)
@@ -115,31 +168,63 @@ class RowChecks:
         )
         for draws in Draws:
             self._compare_pair(probe, rows[:2], draws, draws % 2)
+        self._compare_company(probe)
 
     def _compare_pair(
         self, probe: LossProbe, pair: Sequence[int], draws: Draws, place: int
     ) -> None:
-        normalised = self._settings.clipping == "automatic"
-        share = _NEGLIGIBLE_IF_NORMALISED if normalised else _NEGLIGIBLE
         check = PairCheck(
             module=self._module,
             parameters=self._parameters,
             loss_of=probe,
             layouts=self._layouts,
             loss_reduction=self._settings.loss_reduction,
-            negligible=share * self._settings.clip_norm,
+            negligible=self._negligible(),
             labels=self._run.labels,
         )
-        mixed = str(self._trainer.precision).endswith("-mixed")
-        probe.full_precision = mixed
         try:
-            check.run(pair, draws, place)
+            self._in_full_precision(probe, lambda: check.run(pair, draws, place))
         except PrivacyError:
             raise
         except Exception:
-            # Some models cannot do without autocast, and some code not with improbable draws.
-            probe.full_precision = False
-            if mixed:
-                check.run(pair, draws, place)
-            elif draws is Draws.MIDDLE:
+            # Some code cannot do with improbable draws.
+            if draws is Draws.MIDDLE:
                 raise
+
+    def _compare_company(self, probe: LossProbe) -> None:
+        """Compare a batch of the training's size, if that is larger than what `_compare` saw."""
+        rows = probe.company()
+        trained = sum(parameter.numel() for parameter in self._parameters.values())
+        if len(rows) <= ROWS or trained >= _LARGE:
+            return
+        check = self._company(probe)
+        self._in_full_precision(probe, lambda: check.run(rows))
+
+    def _company(self, probe: LossProbe) -> CompanyCheck:
+        return CompanyCheck(
+            module=self._module,
+            parameters=self._parameters,
+            loss_of=probe,
+            layouts=self._layouts,
+            loss_reduction=self._settings.loss_reduction,
+            negligible=self._negligible(),
+        )
+
+    def _negligible(self) -> float:
+        normalised = self._settings.clipping == "automatic"
+        share = _NEGLIGIBLE_IF_NORMALISED if normalised else _NEGLIGIBLE
+        return share * self._settings.clip_norm
+
+    def _in_full_precision(self, probe: LossProbe, check: Callable[[], None]) -> None:
+        mixed = str(self._trainer.precision).endswith("-mixed")
+        probe.full_precision = mixed
+        try:
+            check()
+        except PrivacyError:
+            raise
+        except Exception:
+            # Some models cannot do without autocast.
+            probe.full_precision = False
+            if not mixed:
+                raise
+            check()

@@ -77,6 +77,18 @@ class LossProbe:
         world = self._run.world
         return world.from_first(chosen) if world.lockstep else chosen
 
+    def company(self) -> list[int]:
+        """As many rows as a training step computes at once.
+
+        Returns:
+            Positions, drawn afresh for each check.
+        """
+        size = len(self._loader.dataset)  # type: ignore[arg-type]
+        # In manual optimization a whole draw is one batch.
+        largest = max(len(micro.indices) for micro in self._loader.current)
+        count = min(size, max(self._loader.batch_size or 1, largest))
+        return secrets.SystemRandom().sample(range(size), count)
+
     def require_rows_apart(self, rows: Sequence[int]) -> None:
         """Refuse a data set that reads several rows at once and mixes them.
 
@@ -112,7 +124,11 @@ class LossProbe:
         arguments = self._arguments or ((0,) if takes_index else ())
         plugin = self._trainer.strategy.precision_plugin
         with _quiet(module), _without_autocast(plugin) if self.full_precision else nullcontext():
-            return self._run.probe(batch, *arguments)
+            loss = self._run.probe(batch, *arguments)
+        if isinstance(loss, Tensor) and _has_own_backward(module):
+            # The checks' backward goes the way of the training's.
+            loss.backward = lambda: module.backward(loss.clone())  # type: ignore[method-assign]
+        return loss
 
     def _collated(self, rows: Sequence[int]) -> Any:
         for row in rows:
@@ -136,6 +152,11 @@ class LossProbe:
         batch = strategy.precision_plugin.convert_input(batch)
         batch = strategy.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _has_own_backward(module: LightningModule) -> bool:
+    defined_in = str(type(module).backward.__module__)
+    return not defined_in.startswith(("lightning.", "pytorch_lightning."))
 
 
 def _traits(batch: Any) -> list[object]:

@@ -298,7 +298,8 @@ class DifferentialPrivacy(Callback):
         trainer, plan = self._trainer, self._state.plan
         if trainer.ckpt_path is not None and trainer.global_step and not self._restored:
             raise _validation.state_missing(trainer.global_step)
-        assert plan and self._run
+        assert plan is not None
+        assert self._run is not None
         checked = checked_parameters(self.settings, self._run, self._world)
         if self._world.is_first:
             self._bookings.reserve(self._state)
@@ -372,8 +373,7 @@ class DifferentialPrivacy(Callback):
         """What was spent and handed out. Opens the journal: from now on a resume is possible."""
         if self._run is not None and self._run.step is not None:
             self._open_journal()
-        state = self._state.state_dict()
-        return self._seal.sealed(state) if self._world.is_first else state
+        return self._seal.sealed(self._state.state_dict())
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -399,6 +399,5 @@ class DifferentialPrivacy(Callback):
         if self.settings.test_seed is None and self._world.is_first:
             self._seal.prepare()
             if self.settings.journal:
-                self._state.open_journal(
-                    journal_directory(self.settings.journal_dir, self._trainer)
-                )
+                directory = journal_directory(self.settings.journal_dir, self._trainer)
+                self._state.open_journal(directory)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import pickle
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
@@ -86,6 +87,7 @@ class StateGuard:
         self._held: list[Tensor] = []
         self._small: dict[str, Tensor] = {}
         self._small_before = _joined({})
+        self._saved: dict[str, int] | None = None
 
     def snapshot(self, *, values: bool = False) -> None:
         """Remember the present state.
@@ -95,6 +97,8 @@ class StateGuard:
                 does not move the counter. Costs a pass over the module's memory; the contents of
                 the smallest tensors on the CPU are compared in any case.
         """
+        if self._saved is None:
+            self._saved = self._saved_state()
         self._entries = self._walk()
         before, self._versions = self._versions, _versions(self._entries)
         with torch._C.DisableTorchFunctionSubclass():
@@ -129,6 +133,36 @@ class StateGuard:
         changed += [name for name in self._small_changed(small) if name not in changed]
         if changed:
             raise _state_changed(moment, changed)
+
+    def verify_saved(self, moment: str) -> None:
+        """Compare what checkpoints hold besides parameters with the first `snapshot`.
+
+        By contents: averaged weights may be swapped in and out meanwhile.
+
+        Raises:
+            GuaranteeError: naming every persistent buffer and extra state that changed.
+        """
+        before, now = self._saved or {}, self._saved_state()
+        changed = [name for name in (*before, *now) if before.get(name) != now.get(name)]
+        if changed:
+            raise _state_changed(moment, list(dict.fromkeys(changed)))
+
+    def _saved_state(self) -> dict[str, int]:
+        """A fingerprint of each persistent buffer and of each module's extra state."""
+        buffers, extra = {}, {}
+        for prefix, part in self.modules:
+            start = f"{prefix}." if prefix else ""
+            for name, buffer in part._buffers.items():
+                if buffer is not None and name not in part._non_persistent_buffers_set:
+                    buffers[start + name] = buffer
+            if type(part).get_extra_state is not nn.Module.get_extra_state:
+                extra[start + "extra_state"] = hash(pickle.dumps(part.get_extra_state()))
+        found = {**_fingerprints(buffers), **extra}
+        return {
+            name: value
+            for name, value in found.items()
+            if not any(fnmatch(name, pattern) for pattern in self._independent)
+        }
 
     def _small_changed(self, now: Tensor) -> list[str]:
         sizes = [len(tensor) for tensor in self._small.values()]

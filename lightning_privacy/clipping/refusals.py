@@ -18,7 +18,12 @@ _MIXED = (
 
 
 def dependence(
-    module: nn.Module, name: str, found: float, tolerance: float, scaled: float | None
+    module: nn.Module,
+    name: str,
+    found: float,
+    tolerance: float,
+    scaled: float | None,
+    rows: int | None = None,
 ) -> GuaranteeError:
     """The refusal of a gradient that other rows change.
 
@@ -28,6 +33,7 @@ def dependence(
         found: by how much, relative.
         tolerance: how much would have passed.
         scaled: the factor between both gradients, if that is all that differs.
+        rows: how many rows were compared with their halves; None for one row with itself alone.
 
     Returns:
         The error, to be raised.
@@ -52,10 +58,12 @@ def dependence(
             "replace BatchNorm by GroupNorm; compute losses and scalings from one example at a "
             "time; keep the batch as first dimension"
         )
+    compared = "a row's gradient in a batch differs from the same row's alone"
+    if rows is not None:
+        compared = f"the gradients of {rows} rows together differ from those in two half batches"
     return GuaranteeError(
         must="an example's gradient depends on that example alone",
-        found=f"{name}: a row's gradient in a batch differs from the same row's alone by "
-        f"{found:.2g} (relative; tolerance {tolerance:.2g}){why}",
+        found=f"{name}: {compared} by {found:.2g} (relative; tolerance {tolerance:.2g}){why}",
         cost=_MIXED,
         remedy=remedy,
     )

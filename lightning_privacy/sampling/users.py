@@ -7,6 +7,7 @@ person into several units, or leave rows to nobody.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ class UserIndex:
         ids: Each user's id, in the order of their first rows.
 
     Raises:
-        ConfigurationError: An id is missing or unhashable, a row has several users, two ids differ
-            in type or surrounding blanks only, or there are fewer than two users.
+        ConfigurationError: An id is missing, unhashable or equal to itself only, a row has several
+            users, two ids differ in what nobody sees, or there are fewer than two users.
     """
 
     def __init__(self, ids: Iterable[Hashable]) -> None:
@@ -246,7 +247,22 @@ def _checked(row: int, key: Any) -> Hashable:
             cost="rows that cannot be told to belong together",
             remedy="use strings, numbers or tuples of them",
         ) from None
+    if _is_known_by_identity(key):
+        raise ConfigurationError(
+            must="equal ids are one user",
+            found=f"a {type(key).__name__} in row {row}, or a part, which equals itself only",
+            cost="a user with as many units as rows, of whom each has the whole ε",
+            remedy="use strings, numbers or tuples of them, or give the class __eq__ and __hash__",
+        )
     return key  # type: ignore[no-any-return]
+
+
+def _is_known_by_identity(key: object) -> bool:
+    if isinstance(key, tuple):
+        return any(map(_is_known_by_identity, key))
+    # A tensor hashes by its identity, whatever it holds; a NumPy scalar by its value.
+    tensor = hasattr(key, "item") and not isinstance(key, np.generic)
+    return tensor or type(key).__hash__ is object.__hash__
 
 
 def _refuse_too_few(count: int, size: int) -> None:
@@ -262,7 +278,7 @@ def _refuse_too_few(count: int, size: int) -> None:
 def _refuse_doubles(ids: Sequence[Hashable]) -> None:
     seen: dict[str, Hashable] = {}
     for key in ids:
-        other = seen.setdefault(str(key).strip(), key)
+        other = seen.setdefault(_plain(key), key)
         if other is not key and other != key:
             raise ConfigurationError(
                 must="one user has one id",
@@ -270,6 +286,13 @@ def _refuse_doubles(ids: Sequence[Hashable]) -> None:
                 cost="a user who is split into two units has twice the ε",
                 remedy="bring ids to one form first, for instance str(user).strip()",
             )
+
+
+def _plain(key: Hashable) -> str:
+    """An id without the differences that nobody sees: blanks, encodings, invisible marks."""
+    text = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
+    text = " ".join(unicodedata.normalize("NFKC", text).split())
+    return "".join(mark for mark in text if unicodedata.category(mark) != "Cf")
 
 
 def _keyed(key: Hashable, seed: bytes) -> np.random.Generator:

@@ -25,7 +25,7 @@ SHARDED = "ModelParallelStrategy"
 
 
 @functools.cache
-def privatize(base: type[Strategy]) -> type[Strategy]:
+def privatize(base: type[Strategy]) -> type[Strategy]:  # noqa: C901 - one class, many methods
     """Return the private subclass of a strategy class, always the same one.
 
     Single inheritance keeps the layout of the instances, so the callback may switch the class of a
@@ -62,7 +62,18 @@ def privatize(base: type[Strategy]) -> type[Strategy]:
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             super().on_train_batch_start(batch, batch_idx)
-            _routed(self, "hand_out", _nothing)()
+            _routed(self, "hand_out", _nothing)(batch)
+
+        def batch_to_device(self, *arguments: Any, **named: Any) -> Any:
+            return _delivered(self, super().batch_to_device(*arguments, **named))
+
+        def on_train_end(self) -> None:
+            super().on_train_end()
+            _verify_state(self, "at the end of the training")
+
+        def lightning_module_state_dict(self) -> dict[str, Any]:
+            _verify_state(self, "before a checkpoint")
+            return super().lightning_module_state_dict()
 
         def training_step(self, *arguments: Any) -> Any:
             return _routed(self, "training_step", super().training_step)(*arguments)
@@ -112,6 +123,20 @@ def _training_loader(strategy: Any, dataloader: object) -> object:
     return strategy.private_run.prepare_loader(dataloader)
 
 
+def _delivered(strategy: Any, batch: Any) -> Any:
+    if strategy.private_run is not None:
+        strategy.private_run.batches.delivered(batch)
+    return batch
+
+
+def _verify_state(strategy: Any, moment: str) -> None:
+    if strategy.private_run is not None:
+        progress = strategy.lightning_module.trainer.fit_loop.epoch_progress.current
+        # After the last epoch averaged weights may take the place of the trained ones.
+        within_epoch = progress.started != progress.completed
+        strategy.private_run.verify_state(moment, weights=within_epoch)
+
+
 def _routed(strategy: Any, name: str, ordinary: Callable[..., Any]) -> Callable[..., Any]:
     """The private run's method in the place of the ordinary one, which it gets."""
     run = strategy.private_run
@@ -142,7 +167,7 @@ def _require_callback_and_one_device(strategy: Any, trainer: Any) -> None:
         )
 
 
-def _nothing() -> None:
+def _nothing(_batch: Any) -> None:
     """What an ordinary strategy does when a batch is handed out."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.errors import GuaranteeError, UnsupportedOperationError
 
@@ -48,6 +48,21 @@ def loaders_refused(found: str) -> UnsupportedOperationError:
         cost="batches that no accountant knows, or one unit in several draws of one step",
         remedy="return one torch DataLoader; torch.utils.data.ConcatDataset joins data sets",
     )
+
+
+def require_own_loader(trainer: Any, loader: object) -> None:
+    """Refuse a trainer that iterates anything but the private loader.
+
+    Args:
+        trainer: The trainer.
+        loader: The private loader.
+
+    Raises:
+        UnsupportedOperationError: It iterates something else.
+    """
+    if trainer.train_dataloader is not loader:
+        found = type(trainer.train_dataloader).__name__
+        raise loaders_refused(f"Lightning iterates a {found} instead")
 
 
 def draw_was_split(parts: int) -> GuaranteeError:

@@ -19,6 +19,7 @@ from lightning_privacy.clipping.guards import StateGuard
 from lightning_privacy.clipping.label_means import LabelWatch
 from lightning_privacy.distributed import World
 from lightning_privacy.step import PrivateStep
+from lightning_privacy.strategies.batch_watch import BatchWatch
 from lightning_privacy.strategies.draw import Draw, Repeats, RowMean, loss_in, next_batch, weigh
 from lightning_privacy.strategies.refusals import (
     accumulation_refused,
@@ -29,6 +30,7 @@ from lightning_privacy.strategies.refusals import (
     loaders_refused,
     not_started,
     nothing_to_release,
+    require_own_loader,
     uncovered,
     warn_never_stepped,
 )
@@ -73,6 +75,7 @@ class PrivateRun:
             gets besides its batch. None: nothing is checked again.
         labels: Watches means over labels; the checks tell it whether there are any.
         records: Adds records that have no row to a draw, before its release.
+        batches: Watches batches between their transfer and the training step.
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each thing that a fit does in its own way
@@ -104,6 +107,7 @@ class PrivateRun:
         self.recheck: Callable[..., None] | None = None
         self.labels = LabelWatch()
         self.records: Callable[[PrivateStep], None] | None = None
+        self.batches = BatchWatch()
 
     step_class: Callable[..., PrivateStep] = PrivateStep
 
@@ -130,14 +134,16 @@ class PrivateRun:
         self.loader = self.world.together(lambda: self._prepare_loader(dataloader))
         return self.loader
 
-    def hand_out(self, ordinary: Callable[[], None]) -> None:
+    def hand_out(self, ordinary: Callable[[Any], None], batch: Any) -> None:
         """Note that Lightning holds a draw's first batch: that draw is never handed out again.
 
         Args:
             ordinary: What an ordinary strategy does.
+            batch: The batch.
         """
-        ordinary()
-        self._require_own_loader()
+        ordinary(batch)
+        self.batches.verify(batch)
+        require_own_loader(self.trainer, self.loader)
         if self.step is None:
             self.step = self.world.together(self._start)
             self._covered = frozenset(map(id, self.step.held.values()))
@@ -339,9 +345,17 @@ class PrivateRun:
         self._released += 1
 
     def forget_state(self) -> None:
-        """Take the present state as given: validation may swap averaged weights in and out."""
+        """Take the present weights as given: validation may swap averaged ones in and out."""
         if self._watched:
+            self._guard.verify_saved("during validation")
             self._watch_state()
+
+    def verify_state(self, moment: str, *, weights: bool) -> None:
+        """Refuse what was written into buffers, and weights if asked, since the last step."""
+        if self._watched:
+            self._guard.verify_saved(moment)
+            if weights:
+                self._verify_state(moment)
 
     def _verify_state(self, moment: str) -> None:
         self._guard.verify(moment)
@@ -361,11 +375,6 @@ class PrivateRun:
             self.abort()
             self.world.fail(error)
             raise
-
-    def _require_own_loader(self) -> None:
-        if self.trainer.train_dataloader is not self.loader:
-            found = type(self.trainer.train_dataloader).__name__
-            raise loaders_refused(f"Lightning iterates a {found} instead")
 
     def _require_unchanged(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SKIPPED = {".git", ".venv", "site", "dist", "build", "__pycache__", "lightning_logs"}
+SKIPPED = {".git", ".venv", "site", "dist", "build", "__pycache__", "lightning_logs", "runs"}
 TEXT = {"", ".cfg", ".cff", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 # A vertical stroke stands inside each word, so that this file does not hold what it forbids.
 FORBIDDEN = {

@@ -75,7 +75,14 @@ def test_a_column_of_hugging_face_data():
 
 
 @pytest.mark.parametrize(
-    "ids", [[1, 2, 1], [(1, "a"), (1, "b"), (1, "a")], [b"x", b"y", b"x"], [True, 2.5, 1]]
+    "ids",
+    [
+        [1, 2, 1],
+        [(1, "a"), (1, "b"), (1, "a")],
+        [b"x", b"y", b"x"],
+        [True, 2.5, 1],
+        [("a", np.int64(1)), "b", ("a", 1)],
+    ],
 )
 def test_any_hashable_is_an_id(ids):
     assert [len(rows) for rows in grouped(UserIndex(ids)).values()] == [2, 1]
@@ -106,6 +113,12 @@ def test_scalar_tensors_are_compared_by_value():
         ([], r"0 user\(s\) in 0 rows"),
         ([1, "1"], "1 and '1'"),
         (["ann", "bo", "ann "], "'ann' and 'ann '"),
+        (["ann lee", "bo", "ann  lee"], "'ann lee' and 'ann  lee'"),
+        (["ann", b"ann"], "'ann' and b'ann'"),
+        (["\u00e9", "bo", "e\u0301"], "'\u00e9' and 'e"),
+        (["ann", "ann\u200b"], "'ann' and 'ann"),
+        ([object(), object()], "a object in row 0, or a part, which equals itself only"),
+        ([("a", torch.tensor(1)), ("a", torch.tensor(1))], "equals itself only"),
     ],
 )
 def test_ids_that_would_not_protect_anybody_are_refused(ids, message):
@@ -168,9 +181,16 @@ def test_every_row_of_a_user_is_kept_as_often_as_any_other():
 
 def test_an_id_without_a_stable_name_is_refused_where_the_bound_needs_it():
     class Person:
-        pass
+        def __init__(self, name):
+            self.name = name
 
-    ann, bo = Person(), Person()
+        def __eq__(self, other):
+            return self.name == other.name
+
+        def __hash__(self):
+            return hash(self.name)
+
+    ann, bo = Person("ann"), Person("bo")
     index = UserIndex([ann, ann, bo])
     with pytest.raises(ConfigurationError, match="holds a memory address"):
         index.bounded(1, SEED)

@@ -1,0 +1,120 @@
+"""Does a row's gradient change with how many rows are beside it? Asked at the size that trains.
+
+A capacity, a top-k over the batch, statistics that begin above some size or a count of labels may
+mix the rows of a full batch and none of a few. So all rows' gradients in a full batch are compared
+with the same rows' in two half batches: whatever other rows do to a row, half of them do something
+else. A sum with random signs stands for all rows at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from typing import TYPE_CHECKING
+
+import torch
+
+import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
+from lightning_privacy.clipping.products import full_precision
+from lightning_privacy.clipping.randomness import preserved_state, steady, without_randomness
+from lightning_privacy.clipping.refusals import dependence
+from lightning_privacy.clipping.row_gradients import (
+    LossOf,
+    captured,
+    difference,
+    finite,
+    scaled_by,
+    tolerance_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from lightning_privacy.clipping.layout import Layouts
+
+# Other places in the batch show how much rounding can do; and rounding does no more than this.
+_NOISE_FACTOR, _MOST_NOISE = 5.0, 2.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CompanyCheck:
+    """Compares the gradients of many rows together with those in two halves.
+
+    Args:
+        module: in training mode, as the training uses it.
+        parameters: the covered parameters by name.
+        loss_of: the training loss of a batch of the given data set rows.
+        layouts: from `learn_layouts`.
+        loss_reduction: ``"mean"`` or ``"sum"`` over rows.
+        negligible: a row's gradient below this norm is compared on that scale, because of rounding.
+    """
+
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    loss_of: LossOf
+    layouts: Layouts
+    loss_reduction: str = "mean"
+    negligible: float = 0.0
+
+    def run(self, rows: Sequence[int]) -> None:
+        """Compare.
+
+        Args:
+            rows: data set rows, as many as a training batch holds.
+
+        Raises:
+            GuaranteeError: some row's gradient depends on the rows beside it.
+        """
+        signs = {row: secrets.choice((-1.0, 1.0)) for row in rows}
+        still, loss_of = without_randomness(), steady(self.loss_of)
+        with preserved_state(self.module), still, full_precision(), torch.enable_grad():
+            whole = self._signed(loss_of, rows, signs)
+            halves = self._signed(loss_of, rows[::2], signs)
+            for name, part in self._signed(loss_of, rows[1::2], signs).items():
+                halves[name] = halves[name] + part if name in halves else part
+            # A row whose gradient is not finite contributes zero, and hides the others here.
+            if not (finite(whole) and finite(halves)):
+                return
+            low, floor = still.low_precision, self.negligible * math.sqrt(len(rows))
+            found, name = difference(whole, halves, floor=floor, low_precision=low)
+            tolerance = tolerance_of(self.parameters, low)
+            if found <= tolerance:
+                return
+            turned = self._signed(loss_of, rows[::-1], signs)
+            noise = difference(whole, turned, floor=floor, low_precision=low)[0]
+            tolerance = max(tolerance, min(_NOISE_FACTOR * noise, _MOST_NOISE * tolerance))
+            if not found <= tolerance:
+                scaled = scaled_by(whole, halves)
+                raise dependence(self.module, name, found, tolerance, scaled, rows=len(rows))
+
+    def gradient(self, rows: Sequence[int]) -> Mapping[str, Tensor]:
+        """The sum of some rows' own gradients, by parameter name.
+
+        Args:
+            rows: data set rows.
+
+        Returns:
+            The sum; nothing is drawn at random meanwhile.
+        """
+        loss_of = steady(self.loss_of)
+        still = without_randomness()
+        with preserved_state(self.module), still, full_precision(), torch.enable_grad():
+            return self._signed(loss_of, rows, dict.fromkeys(rows, 1.0))
+
+    def _signed(
+        self, loss_of: LossOf, rows: Sequence[int], signs: Mapping[int, float]
+    ) -> dict[str, Tensor]:
+        """The sum of the rows' own gradients, each with its sign."""
+        found = captured(self.parameters, loss_of, rows, self.layouts) or {}
+        scale = float(len(rows)) if self.loss_reduction == "mean" else 1.0
+        sums: dict[str, Tensor] = {}
+        for name in list(found):
+            shape, parameter = self.parameters[name].shape, self.parameters[name]
+            weights = torch.tensor([signs[row] * scale for row in rows], device=parameter.device)
+            for item in found.pop(name):
+                part = item.weighted_sum(weights, shape)
+                sums[name] = sums[name] + part if name in sums else part
+        return sums

@@ -1,0 +1,227 @@
+"""Couplings that a few rows do not show, and detours around the checks; each is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_privacy.errors import GuaranteeError
+from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_NOISE]
+
+WIDE = 24
+
+
+class Rows(Regression):
+    """A loss of each row, reduced in the way of a subclass."""
+
+    def losses(self, batch: Any) -> Tensor:
+        return (self.net(batch[0]) - batch[1]).square().squeeze(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.reduced(self.losses(batch), batch)
+
+    def reduced(self, losses: Tensor, batch: Any) -> Tensor:
+        return losses.mean()
+
+
+class HardestOnly(Rows):
+    """The eight hardest rows of a batch: all of them, as long as there are eight."""
+
+    def reduced(self, losses: Tensor, batch: Any) -> Tensor:
+        return losses.topk(min(8, len(losses))).values.mean()
+
+
+class CentredWhenLarge(Rows):
+    def losses(self, batch: Any) -> Tensor:
+        rows = batch[0] - batch[0].mean(0) if len(batch[0]) > 8 else batch[0]
+        return super().losses((rows, batch[1]))
+
+
+class Capacity(Rows):
+    """An expert takes the first nine rows that are routed to it, and drops the others."""
+
+    def reduced(self, losses: Tensor, batch: Any) -> Tensor:
+        routed = batch[0][:, 0] > -10
+        return (losses * (routed & (routed.cumsum(0) <= 9))).mean()
+
+
+class RareCounts(Rows):
+    """Rows are weighted by how many in the batch share a class, of many."""
+
+    def reduced(self, losses: Tensor, batch: Any) -> Tensor:
+        classes = (batch[0][:, 0] * 6).round().long() + 40
+        return (losses / torch.bincount(classes)[classes]).mean()
+
+
+@pytest.mark.parametrize("kind", [HardestOnly, CentredWhenLarge, Capacity, RareCounts])
+def test_a_coupling_in_full_batches_only_is_refused(tmp_path: Path, kind: type[Rows]) -> None:
+    callback = privacy()
+    with pytest.raises(GuaranteeError, match=r"rows together differ|a row's gradient in a batch"):
+        trainer(tmp_path, callback).fit(kind(), loader(batch_size=WIDE))
+    assert not callback.steps
+
+
+def test_full_batches_of_independent_rows_pass(tmp_path: Path) -> None:
+    for clipping in ("flat", "automatic"):
+        callback = privacy(clipping=clipping)
+        trainer(tmp_path, callback, max_epochs=3).fit(Rows(), loader(batch_size=WIDE))
+        assert callback.steps == 6
+
+
+class LaterInFullBatches(HardestOnly):
+    """Independent at the start."""
+
+    def reduced(self, losses: Tensor, batch: Any) -> Tensor:
+        return super().reduced(losses, batch) if self.global_step > 2 else losses.mean()
+
+
+def test_full_batches_are_compared_again(tmp_path: Path) -> None:
+    callback = privacy()
+    with pytest.raises(GuaranteeError, match="24 rows together differ"):
+        trainer(tmp_path, callback, max_epochs=20).fit(
+            LaterInFullBatches(), loader(batch_size=WIDE)
+        )
+    assert 2 < callback.steps <= 4
+
+
+class ScalesInBackward(Regression):
+    def backward(self, loss: Tensor, *arguments: Any, **named: Any) -> None:
+        (loss * loss.detach()).backward(*arguments, **named)
+
+
+class HalvesInBackward(Regression):
+    def backward(self, loss: Tensor, *arguments: Any, **named: Any) -> None:
+        (0.5 * loss).backward(*arguments, **named)
+
+
+def test_the_checks_go_through_the_modules_own_backward(tmp_path: Path) -> None:
+    with pytest.raises(GuaranteeError, match="scaled by"):
+        trainer(tmp_path, privacy()).fit(ScalesInBackward(), loader())
+    callback = privacy()
+    trainer(tmp_path, callback).fit(HalvesInBackward(), loader())
+    assert callback.steps == 10
+
+
+class MixesInPlace(pl.Callback):
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        batch[0].add_(batch[0].flip(0))
+
+
+class MixesAnew(Regression):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        batch[0] = batch[0] + batch[0].flip(0)
+
+
+class Prepares(Regression):
+    """What belongs to each row alone may be changed, before the batch is on the device."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch[0].mul_(2)
+        return batch
+
+
+def test_a_batch_that_a_hook_changes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GuaranteeError, match="changed in between"):
+        trainer(tmp_path, privacy(), MixesInPlace()).fit(Regression(), loader())
+    with pytest.raises(GuaranteeError, match="changed in between"):
+        trainer(tmp_path, privacy()).fit(MixesAnew(), loader())
+    callback = privacy()
+    trainer(tmp_path, callback).fit(Prepares(), loader(), loader())
+    assert callback.steps == 10
+
+
+class Keeps(Regression):
+    """Keeps raw data, and writes them where a checkpoint would hold them."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+        self.seen = torch.zeros(3)
+        setattr(self, hook, self.write)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen = batch[0].mean(0)
+        return super().training_step(batch, batch_idx)
+
+    def write(self) -> None:
+        self.centre.copy_(self.seen)
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_end", "on_validation_epoch_end"])
+def test_a_buffer_that_a_checkpoint_would_hold_is_refused(tmp_path: Path, hook: str) -> None:
+    with pytest.raises(GuaranteeError, match="centre"):
+        trainer(tmp_path, privacy()).fit(Keeps(hook), loader(), loader())
+    declared = privacy(independent_buffers=("centre",))
+    trainer(tmp_path, declared).fit(Keeps(hook), loader(), loader())
+    assert declared.steps == 10
+
+
+class ClosedForm(Regression):
+    def on_train_epoch_end(self) -> None:
+        self.net[0].weight.data[0] = torch.randn(3)
+
+
+def test_weights_written_before_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path)
+    with pytest.raises(GuaranteeError, match="before a checkpoint"):
+        trainer(tmp_path, privacy(), checkpoints).fit(ClosedForm(), loader())
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+class Counts(nn.Module):
+    """Its counts are in the state dictionary, and no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[float] = []
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.sums.append(float(rows.detach().sum()))
+        return rows
+
+    def get_extra_state(self) -> Any:
+        return list(self.sums)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.sums = state
+
+
+def test_extra_state_that_changes_is_refused(tmp_path: Path) -> None:
+    module = Regression()
+    module.net.insert(0, Counts())
+    with pytest.raises(GuaranteeError, match="extra_state"):
+        trainer(tmp_path, privacy()).fit(module, loader())
+
+
+def test_averaged_weights_may_be_saved(tmp_path: Path) -> None:
+    averaged = pl.callbacks.WeightAveraging()
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    callback = privacy(journal=False)
+    fit = trainer(tmp_path, averaged, callback, checkpoints, max_epochs=2)
+    fit.fit(Regression(), loader(), loader())
+    assert callback.steps == 20
+
+
+def test_a_loss_that_has_no_gradient_has_no_company() -> None:
+    from lightning_privacy.clipping.company import CompanyCheck
+    from lightning_privacy.clipping.layout import Layouts
+
+    layer = nn.Linear(3, 1)
+    check = CompanyCheck(
+        module=layer,
+        parameters=dict(layer.named_parameters()),
+        loss_of=lambda rows: F.mse_loss(torch.zeros(len(rows)), torch.ones(len(rows))),
+        layouts=Layouts(),
+    )
+    check.run(list(range(10)))
