@@ -97,7 +97,6 @@ def ways(rows: int, heads: int, tokens: int, width: int) -> dict[str, Callable[.
 
 def kernel_rows(shape: tuple[int, int, int, int], repeats: int) -> Any:
     """Milliseconds and memory of forward and backward."""
-    rows, heads, tokens, width = shape
     for name, function in ways(*shape).items():
         gc.collect()
         dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -122,7 +121,7 @@ def kernel_rows(shape: tuple[int, int, int, int], repeats: int) -> Any:
                 step()
                 synchronize()
                 seconds.append(time.perf_counter() - start)
-        except Exception as error:
+        except (RuntimeError, ValueError) as error:
             yield row | {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
             continue
         yield row | {
@@ -256,7 +255,7 @@ def main() -> None:
         for way in options.ways:
             try:
                 show(step_row(name, way, model, options.steps))
-            except Exception as error:
+            except (RuntimeError, ValueError) as error:
                 failed = f"{type(error).__name__}: {str(error)[:600]}"
                 show({"kind": "step", "case": name, "way": way, "failed": failed})
     for row in ratios([row for row in rows if row["kind"] == "step"]):
