@@ -237,7 +237,14 @@ class PrivateHiddenStates(Callback):
         if self._cut is not None:
             self._cut.after_backward()
 
-    def _begin_batch(self, *_: Any) -> None:
+    def _begin_batch(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if self._cut is not None:
             self._cut.begin()
 

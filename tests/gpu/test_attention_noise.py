@@ -122,7 +122,7 @@ def test_attention_that_is_not_compiled_is_refused() -> None:
     with torch.compiler.set_stance("force_eager"):
         flex.fused(q, k, v).sum().backward()
         with pytest.raises(UnsupportedOperationError, match="uncompiled"):
-            torch.compile(flex._attention)(q, k, v)
+            torch.compile(flex._attention)(q, k, v, None, None, None, {})
 
 
 @pytest.mark.parametrize("where", ["logits", "weights"])
