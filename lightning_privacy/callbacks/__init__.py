@@ -6,6 +6,7 @@ from lightning_privacy.callbacks.attention_noise import AttentionNoise
 from lightning_privacy.callbacks.canaries import Canaries, CanaryAudit
 from lightning_privacy.callbacks.checkpoints import newest_checkpoint
 from lightning_privacy.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_privacy.callbacks.hidden_states import PrivateHiddenStates
 from lightning_privacy.callbacks.leakage_monitor import LeakageMonitor
 from lightning_privacy.callbacks.memory_cap import MemoryCap
 from lightning_privacy.callbacks.privacy_report import PrivacyReport
@@ -20,6 +21,7 @@ __all__ = [
     "LeakageMonitor",
     "MemoryCap",
     "PrivacyReport",
+    "PrivateHiddenStates",
     "Study",
     "StudyMode",
     "newest_checkpoint",

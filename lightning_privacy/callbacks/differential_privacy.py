@@ -278,14 +278,13 @@ class DifferentialPrivacy(Callback):
         dataloader = with_canaries(dataloader, trainer)
         population = population_of(self.settings, state, dataloader.dataset, trainer)
         sampling = _planning.sampling_of(self.settings, dataloader, trainer.world_size, population)
-        first = self._so_far is None
+        if self._so_far is None:
+            rank_zero_info(f"DifferentialPrivacy: {sampling.note}.")
         plan = _planning.make_plan(self.settings, state, trainer, sampling)
         _ranks.require_one_plan(self._world, plan, len(dataloader.dataset))
         to_come = plan.release(plan.steps - state.ledger.count)
         self._state.planned_epsilon = epsilon_of([*state.ledger.releases, to_come], plan)
         self._so_far = EpsilonSoFar(plan, self._state.planned_epsilon)
-        if first:
-            rank_zero_info(f"DifferentialPrivacy: {sampling.note}.")
         return PrivateLoader(
             dataloader,
             _ranks.sharded(population.sampler(plan, self._secret), self._world),
@@ -378,9 +377,8 @@ class DifferentialPrivacy(Callback):
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up what a checkpoint knows, and charge every release since."""
-        # Validation, test and prediction load callbacks, too, and must not turn the ledger back.
         if self._stage not in {"fit", None}:
-            return
+            return  # validation, test and prediction must not turn the ledger back
         directories = [journal_directory(self.settings.journal_dir, self._trainer)]
         if self._trainer is not None and self._trainer.ckpt_path is not None:
             directories.append(Path(self._trainer.ckpt_path).parent)
@@ -399,5 +397,5 @@ class DifferentialPrivacy(Callback):
         if self.settings.test_seed is None and self._world.is_first:
             self._seal.prepare()
             if self.settings.journal:
-                directory = journal_directory(self.settings.journal_dir, self._trainer)
-                self._state.open_journal(directory)
+                place = journal_directory(self.settings.journal_dir, self._trainer)
+                self._state.open_journal(place)

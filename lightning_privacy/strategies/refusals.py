@@ -10,6 +10,7 @@ from lightning_privacy.errors import GuaranteeError, UnsupportedOperationError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import nn
     from torch.optim import Optimizer
 
 
@@ -96,15 +97,28 @@ def not_started() -> GuaranteeError:
     )
 
 
-def uncovered(names: Sequence[str]) -> GuaranteeError:
-    """The refusal of a parameter that became trainable too late.
+def refuse_strangers(
+    module: nn.Module, parts: Sequence[tuple[str, nn.Module]], covered: frozenset[int]
+) -> None:
+    """Refuse parameters that became trainable too late.
 
     Args:
-        names: The parameters' names.
+        module: The module that is trained.
+        parts: Its modules by name.
+        covered: Identities of the parameters that the private step covers.
 
-    Returns:
-        The error, to be raised.
+    Raises:
+        GuaranteeError: There are others that train.
     """
+
+    def is_stranger(parameter: nn.Parameter | None) -> bool:
+        return parameter is not None and id(parameter) not in covered and parameter.requires_grad
+
+    if any(map(is_stranger, (p for _, part in parts for p in part._parameters.values()))):
+        raise _uncovered([name for name, p in module.named_parameters() if is_stranger(p)])
+
+
+def _uncovered(names: Sequence[str]) -> GuaranteeError:
     return GuaranteeError(
         must="every parameter that trains was trainable when the private fit started",
         found=f"became trainable after the fit had started: {', '.join(names)}",

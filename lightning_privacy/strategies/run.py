@@ -30,8 +30,8 @@ from lightning_privacy.strategies.refusals import (
     loaders_refused,
     not_started,
     nothing_to_release,
+    refuse_strangers,
     require_own_loader,
-    uncovered,
     warn_never_stepped,
 )
 from lightning_privacy.strategies.replicas import require_same
@@ -379,15 +379,7 @@ class PrivateRun:
     def _require_unchanged(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:
             raise accumulation_refused(self.trainer.accumulate_grad_batches)
-        parts = (part for _, part in self._guard.modules)
-        if any(map(self._is_stranger, (p for part in parts for p in part._parameters.values()))):
-            named = self.module.named_parameters()
-            raise uncovered([name for name, p in named if self._is_stranger(p)])
-
-    def _is_stranger(self, parameter: Tensor | None) -> bool:
-        return (
-            parameter is not None and id(parameter) not in self._covered and parameter.requires_grad
-        )
+        refuse_strangers(self.module, self._guard.modules, self._covered)
 
     def _step(self) -> PrivateStep:
         if self.step is None:

@@ -88,6 +88,7 @@ TINY = {
         "--trainer.max_epochs=1",
         "--trainer.val_check_interval=1",
     ],
+    "attention_noise.yaml": [*SMALL_MODEL, "--data.embedded.n_users=60"],
     "distributed/ddp.yaml": FEW_USERS,
     "distributed/qlora_ddp.yaml": LLAMA,
     "distributed/pretrain_fsdp.yaml": [*LLAMA, *SMALL_LLAMA],
