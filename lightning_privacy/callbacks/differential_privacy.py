@@ -294,17 +294,16 @@ class DifferentialPrivacy(Callback):
         )
 
     def _start(self) -> PrivateStep:
-        trainer, plan = self._trainer, self._state.plan
+        trainer, plan, run = self._trainer, self._state.plan, self._run
         if trainer.ckpt_path is not None and trainer.global_step and not self._restored:
             raise _validation.state_missing(trainer.global_step)
-        assert plan is not None
-        assert self._run is not None
-        checked = checked_parameters(self.settings, self._run, self._world)
+        assert plan is not None and run is not None  # noqa: PT018 - no test
+        checked = checked_parameters(self.settings, run, self._world)
         if self._world.is_first:
             self._bookings.reserve(self._state)
         if trainer.checkpoint_callbacks:
             self._open_journal()
-        return make_step(self.settings, self._run, self._world, checked, plan, self._noise_secret)
+        return make_step(self.settings, run, self._world, checked, plan, self._noise_secret)
 
     # ------------------------------------------------------------------ while training
     @override
@@ -332,7 +331,7 @@ class DifferentialPrivacy(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the closing table."""
-        if self.print_table and self._state.plan is not None and trainer.is_global_zero:
+        if self.print_table and self._state.plan and trainer.is_global_zero:
             print_summary(self.summary())
 
     @override

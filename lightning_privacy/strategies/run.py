@@ -98,8 +98,7 @@ class PrivateRun:
         self._guard = StateGuard(self.module, independent_buffers)
         self._prepare_loader, self._start, self._drawn = prepare_loader, start, drawn
         self._charge, self._record = charge, record
-        self._draw = Draw()
-        self._probing = False
+        self._draw, self._probing = Draw(), False
         self._probed: Tensor | None = None
         self._watched = False
         self._released = 0
