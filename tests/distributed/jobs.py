@@ -222,8 +222,16 @@ class Different(Regression):
         self.base.data.add_(self.global_rank)
 
 
+class Frozen(Regression):
+    """Trains other parameters on each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].bias.requires_grad_(torch.distributed.get_rank() == 0)
+
+
 def refusal(directory: str, kind: str) -> str:
-    module = {"gathering": Gathering, "different": Different}[kind]()
+    module = {"gathering": Gathering, "different": Different, "frozen": Frozen}[kind]()
     try:
         fit(directory, module=module)
     except Exception as error:  # noqa: BLE001
@@ -305,3 +313,9 @@ def other_default(directory: str, path: str) -> str:
     except Exception as error:  # noqa: BLE001 - this is what the test looks at
         return str(error)
     return ""
+
+
+def apart(directory: str) -> bool:
+    """Processes that know of each other, and train models of their own."""
+    _, _, callback = fit(directory, 1, {"test_seed": torch.distributed.get_rank()})
+    return callback._world.alone and callback.steps > 0
