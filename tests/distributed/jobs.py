@@ -292,6 +292,13 @@ def small_draws(directory: str, ranks: int) -> dict[str, Any]:
 def with_ledger(directory: str) -> dict[str, Any]:
     """Two epochs with validation, a ledger and a journal."""
     book = PrivacyLedger(Path(directory) / "ledger.db", dataset="rows", budget=(50.0, 1e-5))
+    reserved, ordinary = [], book.reserve
+
+    def reserve(*arguments: Any, **named: Any) -> Any:
+        reserved.append(1)
+        return ordinary(*arguments, **named)
+
+    book.reserve = reserve
     settings = {"noise_multiplier": 1.0, "test_seed": None, "ledger": book}
     made, module, callback = fit(
         directory, 2, settings, max_epochs=2, val=loader(), callbacks=(ModelCheckpoint(directory),)
@@ -300,6 +307,7 @@ def with_ledger(directory: str) -> dict[str, Any]:
         "entries": [(entry.run, sum(r.count for r in entry.releases)) for entry in book.entries()],
         "steps": callback.steps,
         "run": callback._state.run,
+        "reserved": len(reserved),
         "loss": float(made.callback_metrics["val_loss"]),
         "shown": callback.summary().validation_loss,
         "weights": plain(module),

@@ -205,6 +205,7 @@ def test_one_process_keeps_the_books(processes, tmp_path) -> None:
     assert first["weights"] == second["weights"]
     assert first["entries"] == second["entries"] == [(first["run"], 10)]
     assert first["steps"] == second["steps"] == 10
+    assert [first["reserved"], second["reserved"]] == [1, 0]
     # Each rank validates its part; the module did not ask for a mean over ranks.
     assert first["shown"] == pytest.approx(first["loss"])
     assert len(list(tmp_path.glob("*.jsonl"))) == 1
