@@ -88,7 +88,7 @@ class ShardedStep(PrivateStep):
 
     def _hand_over(self, names: tuple[str, ...], total: Tensor) -> None:
         locals_ = [_local(self.held[name]) for name in names]
-        pieces = _unflatten_dense_tensors(total.to(locals_[0].dtype), locals_)
+        pieces = _unflatten_dense_tensors(total.to(locals_[0]), locals_)
         for name, piece in zip(names, pieces, strict=True):
             shard: Any = self.held[name]
             if isinstance(shard, DTensor):

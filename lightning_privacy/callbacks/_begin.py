@@ -8,6 +8,7 @@ from lightning_privacy.callbacks import _ranks, _validation
 from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.callbacks._planning import noise_of
 from lightning_privacy.errors import UnsupportedOperationError
+from lightning_privacy.strategies import require_same
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,6 +47,7 @@ def checked_parameters(
     names = {id(p): n for n, p in module.named_parameters() if p.requires_grad}
     _validation.refuse_optimizers(trainer.optimizers, names)
     parameters = run.trainable()
+    require_same(world, {name: parameter.numel() for name, parameter in parameters.items()})
     _validation.warn_compiled(module)
     _ranks.refuse_collectives(world, trainer, run)
     return parameters, RowChecks(settings, trainer, run, parameters).before_training()

@@ -7,6 +7,7 @@ from lightning_privacy.strategies.ddp import PrivateDDPStrategy
 from lightning_privacy.strategies.fsdp import PrivateFSDPStrategy
 from lightning_privacy.strategies.kinds import joined, run_for
 from lightning_privacy.strategies.launching import require_return
+from lightning_privacy.strategies.replicas import require_same
 from lightning_privacy.strategies.run import PrivateRun
 from lightning_privacy.strategies.single import PrivateSingleDeviceStrategy
 
@@ -18,5 +19,6 @@ __all__ = [
     "joined",
     "privatize",
     "require_return",
+    "require_same",
     "run_for",
 ]

@@ -22,7 +22,9 @@ def joined(strategy: Strategy) -> World:
     Returns:
         The ranks.
     """
-    return Shards.join() if is_sharded(strategy) else World.join()
+    kind = Shards if is_sharded(strategy) else World
+    # Others may have joined processes that train apart from one another.
+    return kind.join() if getattr(strategy, "world_size", 1) > 1 else kind()
 
 
 def run_for(strategy: Strategy) -> type[PrivateRun]:

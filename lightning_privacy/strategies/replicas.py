@@ -45,11 +45,12 @@ def replicate(strategy: Any) -> None:
 
 
 def require_same(world: World, fingerprints: Mapping[str, int]) -> None:
-    """Refuse replicas that differ.
+    """Refuse ranks whose modules differ.
 
     Args:
         world: The ranks; all of them call this at the same moment.
-        fingerprints: Of parameters and buffers, by name; empty where there is nothing to compare.
+        fingerprints: Of parameters and buffers, by name: their bits, or their sizes; empty where
+            there is nothing to compare.
 
     Raises:
         GuaranteeError: One of them has other bits on another rank.

@@ -222,8 +222,16 @@ class Different(Regression):
         self.base.data.add_(self.global_rank)
 
 
+class Frozen(Regression):
+    """Trains other parameters on each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].bias.requires_grad_(torch.distributed.get_rank() == 0)
+
+
 def refusal(directory: str, kind: str) -> str:
-    module = {"gathering": Gathering, "different": Different}[kind]()
+    module = {"gathering": Gathering, "different": Different, "frozen": Frozen}[kind]()
     try:
         fit(directory, module=module)
     except Exception as error:  # noqa: BLE001
@@ -284,6 +292,13 @@ def small_draws(directory: str, ranks: int) -> dict[str, Any]:
 def with_ledger(directory: str) -> dict[str, Any]:
     """Two epochs with validation, a ledger and a journal."""
     book = PrivacyLedger(Path(directory) / "ledger.db", dataset="rows", budget=(50.0, 1e-5))
+    reserved, ordinary = [], book.reserve
+
+    def reserve(*arguments: Any, **named: Any) -> Any:
+        reserved.append(1)
+        return ordinary(*arguments, **named)
+
+    book.reserve = reserve
     settings = {"noise_multiplier": 1.0, "test_seed": None, "ledger": book}
     made, module, callback = fit(
         directory, 2, settings, max_epochs=2, val=loader(), callbacks=(ModelCheckpoint(directory),)
@@ -292,6 +307,7 @@ def with_ledger(directory: str) -> dict[str, Any]:
         "entries": [(entry.run, sum(r.count for r in entry.releases)) for entry in book.entries()],
         "steps": callback.steps,
         "run": callback._state.run,
+        "reserved": len(reserved),
         "loss": float(made.callback_metrics["val_loss"]),
         "shown": callback.summary().validation_loss,
         "weights": plain(module),
@@ -305,3 +321,9 @@ def other_default(directory: str, path: str) -> str:
     except Exception as error:  # noqa: BLE001 - this is what the test looks at
         return str(error)
     return ""
+
+
+def apart(directory: str) -> bool:
+    """Processes that know of each other, and train models of their own."""
+    _, _, callback = fit(directory, 1, {"test_seed": torch.distributed.get_rank()})
+    return callback._world.alone and callback.steps > 0

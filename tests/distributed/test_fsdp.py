@@ -32,19 +32,22 @@ def require_equal(job, processes, folder, *arguments) -> None:
 @pytest.mark.parametrize(
     ("module", "settings"),
     [
-        ("small", {}),
         ("blocks", {}),
-        ("blocks", {"clipping": "per_layer"}),
-        ("blocks", {"clipping": "automatic"}),
-        ("manual", {}),
-        ("blocks", {"expected_batch_size": 1}),
+        pytest.param("small", {}, marks=pytest.mark.slow),
+        pytest.param("blocks", {"clipping": "per_layer"}, marks=pytest.mark.slow),
+        pytest.param("blocks", {"clipping": "automatic"}, marks=pytest.mark.slow),
+        pytest.param("manual", {}, marks=pytest.mark.slow),
+        ("small", {"expected_batch_size": 1}),
     ],
 )
 def test_shards_do_what_one_process_does(processes, tmp_path, module, settings) -> None:
     require_equal(sharded.weights_after, processes, tmp_path, module, settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"user_sampling": "examples", "group_size": 3}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"user_sampling": "examples", "group_size": 3}, marks=pytest.mark.slow)],
+)
 def test_shards_do_what_one_process_does_for_users(processes, tmp_path, settings) -> None:
     require_equal(sharded.of_users, processes, tmp_path, settings)
 
@@ -68,10 +71,12 @@ def test_a_small_llama(processes, tmp_path, lora, tied) -> None:
     assert first["sharded"] == len(one["weights"])
 
 
+@pytest.mark.slow
 def test_validation_comes_between(processes, tmp_path) -> None:
     require_equal(sharded.with_validation, processes, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_base_in_four_bits_stays_whole(processes, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
     one = sharded.quantised(str(tmp_path), 1)
@@ -98,6 +103,7 @@ def test_each_rank_draws_the_noise_of_its_shard(processes, tmp_path) -> None:
     assert first["ratio"] == second["ratio"] == 1e9  # there is no signal
 
 
+@pytest.mark.slow
 def test_noise_of_several_steps_and_in_test_mode(processes, tmp_path) -> None:
     first, second = processes.run(sharded.noise, str(tmp_path), 3, {"test_seed": 5})
     assert variance_is(first["world"], 3.0)
@@ -107,6 +113,7 @@ def test_noise_of_several_steps_and_in_test_mode(processes, tmp_path) -> None:
 
 
 # ------------------------------------------------------------------ checkpoints
+@pytest.mark.slow
 def test_one_file_goes_from_two_ranks_to_one_and_back(processes, tmp_path) -> None:
     folder = str(tmp_path / "two")
     unbroken = processes.run(sharded.resumed, folder, 2, None, 4, {}, False)[0]
@@ -130,6 +137,7 @@ def test_a_folder_of_shards_goes_on_with_its_budget(processes, tmp_path) -> None
     assert third["run"] == fourth["run"] == first["run"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_shards_goes_on_in_one_process(processes, tmp_path) -> None:
     folder = str(tmp_path / "two")
     unbroken = processes.run(sharded.resumed, folder, 2, None, 4, {}, True)[0]
@@ -151,6 +159,7 @@ def test_a_folder_of_shards_goes_on_in_one_process(processes, tmp_path) -> None:
 
 
 # ------------------------------------------------------------------ one's own way, and refusals
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["private_fsdp", "model_parallel"])
 def test_a_module_may_shard_itself(processes, tmp_path, strategy) -> None:
     first, second = processes.run(sharded.by_itself, str(tmp_path), strategy)
@@ -185,6 +194,7 @@ def test_refusals(processes, tmp_path, name, settings, words) -> None:
     assert words in first
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_one_process(processes, tmp_path) -> None:
     settings = {"noise_multiplier": 1e-3}
     one = jobs.fit(str(tmp_path), 1, settings, log_every_n_steps=1)[2]._tally.latest
