@@ -67,6 +67,7 @@ def test_the_command_attacks_a_checkpoint(recipe, folder, capsys):
     assert f"{found.ceiling:.3f}" in shown
 
 
+@pytest.mark.slow
 def test_known_noise_is_none(recipe, folder):
     words = ["--config", recipe, "--trainer.enable_checkpointing", "true"]
     words += ["--trainer.default_root_dir", str(folder), "--privacy.test_seed", "5"]
