@@ -196,6 +196,8 @@ def _allowed(claim: Claim | None) -> list[tuple[str, str]]:
 
 def _beyond(leakage: Leakage, claim: Claim) -> list[str]:
     """Attacks whose advantage is surely above the ceiling, all of them counted."""
+    if leakage.blind is not None and leakage.blind.suspicious:
+        return []
     confidence = 1 - _SIGNIFICANCE / max(1, len(leakage.scores))
     found = []
     for name, scores in leakage.scores.items():

@@ -41,7 +41,7 @@ def test_an_attack_beyond_the_ceiling_refutes_the_claim(capsys):
 
 
 def test_a_split_that_is_seen_without_the_model_gives_no_verdict(capsys):
-    print_audit(leakage(4.0, blind=BlindBaseline(0.9, True)), claim(0.999), {})
+    assert not print_audit(leakage(4.0, blind=BlindBaseline(0.9, True)), claim(0.3), {})
     assert "can be told apart without any model" in capsys.readouterr().out
 
 
@@ -67,6 +67,7 @@ def test_the_command_attacks_a_checkpoint(recipe, folder, capsys):
     assert f"{found.ceiling:.3f}" in shown
 
 
+@pytest.mark.slow
 def test_known_noise_is_none(recipe, folder):
     words = ["--config", recipe, "--trainer.enable_checkpointing", "true"]
     words += ["--trainer.default_root_dir", str(folder), "--privacy.test_seed", "5"]
