@@ -3,8 +3,8 @@
 ``z = standard_normal(seed, row, head, query, key)`` is the same number whenever it is asked for: in
 the forward, in a checkpoint's recomputation, in a kernel that never holds the matrix, and whatever
 else is in the batch. The hash is `lowbias32` (Wellons 2018, "Prospecting for hash functions"),
-applied once for row and head, once for the query, once for the key, and only the last of them
-once for each element of the matrix. The number is the standardised sum of the hash's four bytes:
+applied for the row, the head, the query and the key in turn, and only the last time for each
+element of the matrix. The number is the standardised sum of the hash's four bytes:
 mean 0, variance 1, excess kurtosis -0.3, never beyond 3.45. It is made to disturb attention cheaply
 and has no place in a privacy mechanism: it is neither secret nor exactly normal.
 """

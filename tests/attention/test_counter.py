@@ -9,7 +9,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lightning_privacy.attention.counter import Seed, mix, noise_matrix, standard_normal
+from lightning_privacy.attention.counter import (
+    Seed,
+    indices,
+    mix,
+    noise_matrix,
+    query_key,
+    standard_normal,
+)
 
 CPU = torch.device("cpu")
 
@@ -74,6 +81,18 @@ def test_no_example_head_or_seed_shares_a_row_of_numbers() -> None:
     z = torch.cat([matrix(), matrix(8), matrix(7 + 2**40)])
     rows = z.flatten(0, 2)[:, :32]
     assert len(rows.unique(dim=0)) == len(rows)
+
+
+def test_the_keys_of_rows_are_no_progression() -> None:
+    """A plain sum of positions would make one head's matrix a shifted copy of another's."""
+    place = [
+        indices(n, CPU).view(shape) for n, shape in ((4, (4, 1, 1)), (8, (8, 1)), (128, (128,)))
+    ]
+    keys = query_key(Seed.of(7, CPU), *place).long()
+    assert len(keys.unique()) == keys.numel()
+    for dim in range(3):
+        steps = keys.diff(dim=dim) % 2**32
+        assert len(steps.unique()) == steps.numel()
 
 
 def test_a_matrix_has_the_singular_values_of_independent_numbers() -> None:

@@ -158,6 +158,16 @@ def test_the_size_of_noise_and_perturbation_is_logged_each_step(tmp_path: Path) 
     assert effects[0] > 2 * effects[-1] > 0
 
 
+def test_every_step_has_noise_of_its_own(tmp_path: Path) -> None:
+    """The same rows and weights in ten steps of two epochs."""
+    x, y = rows().dataset[:4]
+    data = DataLoader(TensorDataset(x.repeat(5, 1, 1), y.repeat(5)), batch_size=4)
+    watch = Watch()
+    trainer(tmp_path, AttentionNoise(1.0, seed=1), watch, max_epochs=2).fit(Sequences(lr=0.0), data)
+    effects = [step["attention_noise/perturbation"] for step in watch.steps]
+    assert len(set(effects)) == len(effects) == 10
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

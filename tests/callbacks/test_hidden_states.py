@@ -181,6 +181,18 @@ class WithoutGradients(Residual):
         return self.above(states, ids)
 
 
+class WithoutParameters(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Tanh()
+
+
+class WithNeither(WithoutGradients):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Tanh()
+
+
 class ReadsAgain(Reader):
     def __init__(self) -> None:
         super().__init__()
@@ -207,6 +219,8 @@ class Floats(Reader):
     [
         (Residual, "inner", "computed below"),
         (WithoutGradients, "inner", "computed below"),
+        (WithoutParameters, "inner", "computed below"),
+        (WithNeither, "inner", "computed below"),
         (ReadsAgain, "encoder", "second reads the input again"),
         (Floats, "below", "computed below"),
         (Reader, "norm", "trainable: norm.weight"),
