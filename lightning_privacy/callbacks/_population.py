@@ -33,6 +33,7 @@ class Population:
 
     Attributes:
         size: How many there are (private under add-or-remove).
+        units: How many units of privacy.
         name: What that number is called.
     """
 
@@ -41,10 +42,12 @@ class Population:
     ) -> None:
         self._settings, self._dataset, self._seed = settings, dataset, seed
         self.size, self.name = len(dataset), "the data set's length"
+        self.units = self.size
         self._index = None
         if settings.unit == PrivacyUnit.USER:
             self._index = user_index(dataset, settings.users, beside)
             self.size, self.name = self._index.count, "the number of users in the data set"
+            self.units = self.size
         if settings.user_sampling == "examples" and self._index is not None:
             assert settings.group_size is not None
             self.size = len(self._index.bounded(settings.group_size, seed))
