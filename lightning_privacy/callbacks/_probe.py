@@ -124,7 +124,7 @@ class LossProbe:
             loss = self._run.probe(batch, *arguments)
         if isinstance(loss, Tensor) and _has_own_backward(module):
             # The checks' backward goes the way of the training's.
-            loss.backward = lambda: module.backward(loss.clone())  # type: ignore[method-assign]
+            loss.backward = lambda: module.backward(loss.clone())  # type: ignore[method-assign, assignment]
         return loss
 
     def _collated(self, rows: Sequence[int]) -> Any:
