@@ -49,6 +49,12 @@ def sampling_of(
     Returns:
         Rate, normaliser, relation, steps per epoch, and where they come from.
     """
+    units = settings.dataset_size or population.units
+    if settings.delta * units >= 1:
+        rank_zero_warn(
+            f"delta={settings.delta:g} is not below one over the number of units, {units}: who "
+            "publishes one unit as it is would keep this promise. Pass a δ well below 1/n."
+        )
     return resolve_sampling(
         sample_rate=settings.sample_rate,
         expected_batch_size=settings.expected_batch_size,

@@ -39,6 +39,7 @@ class Population:
 
     Attributes:
         size: How many there are (private under add-or-remove); of canaries, as many as expected.
+        units: How many units of privacy.
         name: What that number is called.
     """
 
@@ -47,10 +48,11 @@ class Population:
     ) -> None:
         self._settings, self._dataset, self._seed = settings, dataset, seed
         size, self.name = len(dataset), "the data set's length"
-        self._rows, self._index = size, None
+        self._rows, self._index, self.units = size, None, size
         if settings.unit == PrivacyUnit.USER:
             self._index = _index_of(dataset, settings.users, beside)
             size, self.name = self._index.count, "the number of users in the data set"
+            self.units = size
         if settings.user_sampling == "examples" and self._index is not None:
             assert settings.group_size is not None
             size = len(self._index.bounded(settings.group_size, seed))

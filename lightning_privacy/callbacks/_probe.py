@@ -125,9 +125,8 @@ class LossProbe:
         plugin = self._trainer.strategy.precision_plugin
         with _quiet(module), _without_autocast(plugin) if self.full_precision else nullcontext():
             loss = self._run.probe(batch, *arguments)
-        if isinstance(loss, Tensor) and _has_own_backward(module):
-            # The checks' backward goes the way of the training's.
-            loss.backward = lambda: module.backward(loss.clone())  # type: ignore[method-assign]
+        if loss is not None and _has_own_backward(module):
+            _go_through(module, loss)
         return loss
 
     def _collated(self, rows: Sequence[int]) -> Any:
@@ -157,6 +156,11 @@ class LossProbe:
 def _has_own_backward(module: LightningModule) -> bool:
     defined_in = str(type(module).backward.__module__)
     return not defined_in.startswith(("lightning.", "pytorch_lightning."))
+
+
+def _go_through(module: LightningModule, loss: Any) -> None:
+    """Let the checks' backward go the way of the training's."""
+    loss.backward = lambda: module.backward(loss.clone())
 
 
 def _traits(batch: Any) -> list[object]:

@@ -287,7 +287,9 @@ def budget_spent(count: int, limit: int) -> BudgetExceededError:
         must=f"at most {limit} private steps, which is what the budget ε allows",
         found=f"{count} steps charged, and another one to come",
         cost="an ε above the budget",
-        remedy="stop here, or start a new run with a budget of its own: the two ε add up",
+        remedy="stop here, or start a new run with a budget of its own: the two ε add up"
+        if limit
+        else "raise noise_multiplier or epsilon, or draw fewer units in a step",
     )
 
 

@@ -108,6 +108,7 @@ class PrivacyCLI(LightningCLI):
 
     def __init__(self, words: list[str]) -> None:
         self._initial: LightningModule | None = None
+        refuse_lost_options(words)
         words, own = without_option(words)
         self._allowed = AllowedClasses(own)
         self._allowed.read(words)
@@ -118,6 +119,20 @@ class PrivacyCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 save_config_kwargs={"overwrite": True},
             )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose errors do not begin with the names of all options.
+
+        Args:
+            **kwargs: Arguments of the parser.
+
+        Returns:
+            The parser.
+        """
+        # The first parser is that of all commands; from its usage come the names of the others.
+        if hasattr(self, "parser"):
+            kwargs.setdefault("usage", "%(prog)s --config FILE [options]")
+        return super().init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the group ``privacy`` and the option to compare.
@@ -210,6 +225,31 @@ class PrivacyCLI(LightningCLI):
         callback: Any = self._get(self.config_init, "privacy")
         assert isinstance(callback, DifferentialPrivacy)
         return callback
+
+
+def refuse_lost_options(words: list[str]) -> None:
+    """Refuse options that a recipe behind them would override.
+
+    Args:
+        words: The command and its options.
+
+    Raises:
+        ConfigurationError: An option stands before ``--config``.
+    """
+    recipes = [
+        place
+        for place, word in enumerate(words)
+        if word in {"-c", "--config"} or word.startswith("--config=")
+    ]
+    last = recipes[-1] if recipes else 0
+    early = [w for n, w in enumerate(words[:last]) if w.startswith("-") and n not in recipes]
+    if early:
+        raise ConfigurationError(
+            must="options stand behind the last --config",
+            found=f"{' '.join(early)} before it",
+            cost="the recipe's values would be taken in their place: another ε than was asked for",
+            remedy="put --config first",
+        )
 
 
 def _share_checkpoint(config: Any) -> None:

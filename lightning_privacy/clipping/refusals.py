@@ -54,9 +54,11 @@ def dependence(
             if isinstance(part, nn.modules.batchnorm._BatchNorm)
         ]
         why = f"; batch normalisation at {', '.join(batch_norms[:4])}" if batch_norms else ""
+        if name.endswith("_reverse"):
+            why += "; the backward direction of a recurrent layer begins with the padding"
         remedy = (
             "replace BatchNorm by GroupNorm; compute losses and scalings from one example at a "
-            "time; keep the batch as first dimension"
+            "time; keep the batch as first dimension; pad to a fixed length where padding matters"
         )
     compared = "a row's gradient in a batch differs from the same row's alone"
     if rows is not None:

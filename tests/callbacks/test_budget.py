@@ -139,3 +139,14 @@ def test_examples_that_are_not_finite_contribute_nothing_and_are_counted(
     trainer(tmp_path, callback, max_epochs=2).fit(module, rows)
     assert callback.summary().nonfinite_units > 0
     assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+def test_a_delta_that_promises_nothing_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="delta=0.1 is not below one over the number of units, 40"):
+        trainer(tmp_path, privacy(delta=0.1)).fit(Regression(), loader())
+
+
+def test_a_budget_for_no_step_at_all_says_what_to_change(tmp_path: Path) -> None:
+    small = privacy(epsilon=0.1, noise_multiplier=0.3, test_seed=None)
+    with pytest.raises(BudgetExceededError, match="raise noise_multiplier or epsilon"):
+        trainer(tmp_path, small).fit(Regression(), loader())

@@ -93,7 +93,6 @@ MONITOR = "lightning.pytorch.callbacks.ModelSummary"
 @pytest.mark.parametrize(
     "words",
     [
-        ["--trainer.callbacks+=" + MONITOR, "--config", "recipe.yaml"],
         ["--config", "recipe.yaml", "--trainer.callbacks+=" + MONITOR],
         ["--config", "recipe.yaml", "--config", "callbacks.yaml"],
         ["--config", "recipe.yaml", "--trainer.callbacks", "null"],
@@ -107,6 +106,19 @@ def test_no_order_of_options_drops_privacy(recipe, folder, words, capsys):
     assert is_private(cli)
     assert type(cli.trainer.strategy).__name__.startswith("Private")
     assert "epsilon spent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--privacy.epsilon", "1", "--config", "recipe.yaml"],
+        ["--trainer.callbacks+=" + MONITOR, "--config=recipe.yaml"],
+        ["--config", "recipe.yaml", "--data.batch_size=3", "-c", "recipe.yaml"],
+    ],
+)
+def test_an_option_that_a_recipe_would_override_is_refused(recipe, words, capsys):
+    assert main(["fit", *words]) == 2
+    assert "options stand behind the last --config" in capsys.readouterr().err
 
 
 OTHER = """
@@ -200,7 +212,9 @@ def test_a_mistyped_option_is_named(recipe, words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", recipe, *words])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) < 12  # no list of all options before it
 
 
 def test_a_spent_budget_ends_with_code_one(recipe, capsys):

@@ -219,5 +219,6 @@ def _packed(capture: Capture, args: tuple[Any, ...]) -> UnsupportedOperationErro
         cost="packing lays the steps of all examples end to end by length, so the gradient of one "
         "example could not be told from another's",
         remedy="pass the padded tensor itself, and leave the padded steps out of each example's "
-        "own loss",
+        "own loss; a backward direction would begin with the padding, so pad to a fixed length, or "
+        "use a second layer on rows that were reversed within their own length",
     )

@@ -118,3 +118,4 @@ def test_packed_sequences_are_refused(kind: str) -> None:
         per_example_gradients(model, squares, numbers(B, 4, 3))
     assert "layer.weight_ih_l0" in caught.value.found
     assert "padded" in caught.value.remedy
+    assert "backward direction" in caught.value.remedy
