@@ -103,7 +103,6 @@ def test_one_position_whose_strides_look_like_channels_last() -> None:
     The generic rule folds the rows into the channels, so that an ordinary batch comes to this.
     """
 
-
     def forward(m: Sketch, x: Tensor) -> Tensor:
         x = x.transpose(0, 1).contiguous().transpose(0, 1).transpose(1, 2)
         kernel = m.kernel[:, :2]
