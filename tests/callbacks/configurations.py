@@ -73,10 +73,11 @@ def samplings(draw: st.DrawFn, rows: int) -> dict[str, Any]:
 def choices(draw: st.DrawFn, rows: int) -> dict[str, Any]:
     settings: dict[str, Any] = {"print_table": False}
     if draw(st.booleans()):
-        settings["clipping"] = draw(st.sampled_from(["flat", "per_layer", "automatic", "none"]))
+        kinds = ["flat", "per_layer", "automatic"]
+        settings["clipping"] = draw(st.sampled_from([*kinds, *kinds, "none"]))
     settings["loss_reduction"] = draw(st.sampled_from(["mean", "mean", "sum"]))
     if draw(st.integers(1, 3)) == 1:
-        settings["unit"] = draw(st.sampled_from(["user", "user", "example", "household"]))
+        settings["unit"] = draw(st.sampled_from([*["user"] * 5, "example", "household"]))
         settings["users"] = [row // draw(st.integers(1, 4)) for row in range(rows)]
         settings["group_size"] = draw(st.sampled_from([1, 2, 5, None]))
         settings["user_sampling"] = draw(st.sampled_from([None, "users", "examples"]))
@@ -121,7 +122,7 @@ def trainers(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def configurations(draw: st.DrawFn, *, calibrated: bool = False) -> Configuration:
-    rows = draw(st.sampled_from([1, 2, 5, 12, 30, 64]))
+    rows = draw(st.sampled_from([1, 2, 5, 12, 30, 40, 64, 64]))
     loader: dict[str, Any] = {"batch_size": draw(st.sampled_from([1, 2, 4, 16, 100]))}
     if draw(st.integers(1, 4)) == 1:
         loader[draw(st.sampled_from(["shuffle", "drop_last"]))] = True

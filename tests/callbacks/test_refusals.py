@@ -462,3 +462,8 @@ def test_a_strategy_given_as_an_object(tmp_path: Path) -> None:
     fit = trainer(tmp_path, callback, strategy=SingleDeviceStrategy("cpu"), accelerator="auto")
     fit.fit(Regression(), loader())
     assert callback.steps == 10
+
+
+def test_a_share_of_an_epoch_that_leaves_no_step(tmp_path: Path) -> None:
+    error = refused(tmp_path, limit_train_batches=0.05)
+    assert "limit_train_batches=0.05 of 10 private steps" in error.found

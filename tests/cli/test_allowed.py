@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,6 @@ def program() -> L.Callback:
     Path("ran").touch()
     return Watch()
 
-def owner(example: object) -> str:
-    return "somebody"
 """
 
 
@@ -119,12 +118,13 @@ def test_nor_is_anything_else_of_an_allowed_package(path: str) -> None:
         AllowedClasses().check({"x": [{"class_path": path}]})
 
 
-def test_functions_come_from_this_package_or_are_named(own: Path, recipe: str) -> None:
-    text = "privacy: {unit: user, group_size: 1, users: own_project.owner}"
-    with pytest.raises(ConfigurationError, match="own_project.owner, a function"):
-        plan(own, text)
-    made = plan(own, text, "--allow_classes", "own_project.owner")
-    assert made.privacy.settings.users.__name__ == "owner"
+def test_functions_come_from_this_package_or_are_named() -> None:
+    # An option that takes a function gets it from the parser.
+    config = {"privacy": {"users": [shutil.rmtree]}}
+    with pytest.raises(ConfigurationError, match="shutil.rmtree, a function"):
+        AllowedClasses().check(config)
+    AllowedClasses(["shutil.rmtree"]).check(config)
+    AllowedClasses().check({"x": read_recipe, "y": "text", "z": 1})
 
 
 def test_a_class_of_ones_own_is_announced_before_it_is_imported(own: Path, recipe: str) -> None:

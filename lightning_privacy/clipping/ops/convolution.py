@@ -160,8 +160,7 @@ def convolution(
     rows = capture.rows_of(slot.name, func, x)
     if rows is None or rows.dim:
         return NotImplemented
-    spatial = weight.dim() - 2
-    stride, dilation = (_each(value, spatial) for value in (stride, dilation))
+    stride, dilation = (_each(value, weight.dim() - 2) for value in (stride, dilation))
     x, padding = _padded(x, weight.shape[2:], padding, dilation)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
