@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lightning_privacy.step import StepStatistics
+    from lightning_privacy.clipping.statistics import StepStatistics
 
 _USUAL = ("val_loss", "val/loss", "valid_loss", "validation_loss", "loss/val")
 # Each holds a few numbers for each unit of its draw.

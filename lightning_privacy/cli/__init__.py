@@ -93,7 +93,7 @@ def _run(words: list[str]) -> None:
 
         run_ledger(words[1:])
         return
-    if command in {"compare", "ablate"}:
+    if command == "compare" or command == "ablate":  # noqa: PLR1714 - narrows the type
         from lightning_privacy.cli.compare import run_table
 
         run_table(command, words[1:])

@@ -181,7 +181,7 @@ def _rows(path: Path, columns: Mapping[str, str]) -> Sequence[Mapping[str, Any]]
     if (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 
-        return load_from_disk(str(path))  # type: ignore[no-any-return]
+        return load_from_disk(str(path))
     if path.is_dir():
         return _files(path, columns)
     raise _nothing_there(path)

@@ -101,7 +101,8 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
         self.modalities, self.task, self.pooling = tuple(modalities), task, pooling
         self._num_labels = num_labels
         self._decoder: SmallDecoder | PretrainedDecoder = pretrained or decoder or SmallDecoder()
-        self._settings = {"image": image or ImageSettings(), "audio": audio or AudioSettings()}
+        self._settings: dict[str, ImageSettings | AudioSettings] = {}
+        self._settings |= {"image": image or ImageSettings(), "audio": audio or AudioSettings()}
         self.others = [name for name in ("image", "audio") if name in modalities]
         self._config = self._decoder.config(self.prefix)
         self._config.num_labels = num_labels

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
     from torch.optim import Optimizer
 
+    from lightning_privacy.clipping.statistics import StepStatistics
     from lightning_privacy.sampling import MicroBatch, PrivateLoader
-    from lightning_privacy.step import PrivateStep, StepStatistics
+    from lightning_privacy.step import PrivateStep
 
 StepFunction = Callable[..., Any]
 
