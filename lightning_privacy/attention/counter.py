@@ -47,26 +47,42 @@ def mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def standard_normal(seed: Seed, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The number of one place in the attention matrix.
+def query_key(seed: Seed, row: Tensor, head: Tensor, query: Tensor) -> Tensor:
+    """The key of one row of an attention matrix.
 
     Args:
         seed: of the matrix.
         row: number of the example in its batch, int32.
         head: number of the head, int32.
-        query: position of the query within the example, int32; may be negative.
-        key: position of the key within the example, int32; all four broadcast.
+        query: position of the query within the example, int32; may be negative. All broadcast.
+
+    Returns:
+        int32 of the broadcast shape.
+    """
+    return mix(mix(mix(seed.low + row * _ROW) ^ (seed.high + head * _HEAD)) + query * _QUERY)
+
+
+def number(key_of_query: Tensor, position: Tensor) -> Tensor:
+    """The number of one place in a row. Once for each element, so it is as short as it can be.
+
+    Args:
+        key_of_query: from `query_key`.
+        position: of the key within the example, int32; may be negative.
 
     Returns:
         float32 of the broadcast shape.
     """
-    x = mix(mix(seed.low + row * _ROW) ^ (seed.high + head * _HEAD))
-    x = mix(mix(x + query * _QUERY) + key * _KEY)
+    x = mix(key_of_query + position * _KEY)
     # Two sums of two bytes side by side, then their sum.
     pairs = (x & 0x00FF00FF) + ((x >> 8) & 0x00FF00FF)
     total = (pairs + (pairs >> 16)) & 0xFFFF
-    number: Tensor = (total.to(torch.float32) - _MEAN) * _SCALE
-    return number
+    found: Tensor = (total.to(torch.float32) - _MEAN) * _SCALE
+    return found
+
+
+def standard_normal(seed: Seed, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The number of one place in the attention matrix: `number` of `query_key`."""
+    return number(query_key(seed, row, head, query), key)
 
 
 def indices(count: int, device: torch.device, start: int = 0) -> Tensor:

@@ -146,6 +146,11 @@ def inject(
             else:
                 forward = modules.multihead if site.kind == "multihead" else modules.kernel_user
                 undo.callback(modules.wrap(site.module, forward, noise))
+        if injection.at_inference and any(site.kind == "multihead" for site in sites):
+            # Torch's fast path for evaluation calls no attention module.
+            before = torch.backends.mha.get_fastpath_enabled()
+            undo.callback(torch.backends.mha.set_fastpath_enabled, before)
+            torch.backends.mha.set_fastpath_enabled(False)
         if ours:
             undo.callback(transformers.switch(root, ours, injection))
     except BaseException:

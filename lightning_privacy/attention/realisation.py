@@ -242,6 +242,7 @@ def sampled(count: int, device: torch.device) -> Tensor:
     return torch.arange(count - 1, -1, -step, device=device)[:_MEASURED].flip(0)
 
 
+@torch.no_grad()
 def _some(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     rows, queries = (sampled(logits.shape[at], logits.device) for at in (0, 2))
     return logits[rows][:, :, queries], noise[rows][:, :, queries]

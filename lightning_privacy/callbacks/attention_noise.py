@@ -108,6 +108,7 @@ class AttentionNoise(Callback):
         )
         self._remove: Callable[[], None] | None = None
         self._confirmed = False
+        self._last: Tensor | None = None
 
     # ------------------------------------------------------------------ what a user may ask
     @property
@@ -122,9 +123,10 @@ class AttentionNoise(Callback):
         The total variation distance between attention with and without noise, averaged over
         layers, heads and a few rows and queries: 0 is no change, 1 attention to other keys
         altogether. (Noise on weights: half the sum of its absolute values.) None before the first
-        noised forward. Computed on private data: not covered by ε.
+        noised forward; kept when the fit ends. Computed on private data: not covered by ε.
         """
-        return self._shared.perturbation()
+        now = self._shared.perturbation()
+        return self._last if now is None else now
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -154,7 +156,7 @@ class AttentionNoise(Callback):
 
     def _restore(self) -> None:
         if self._remove is not None:
-            remove, self._remove = self._remove, None
+            remove, self._remove, self._last = self._remove, None, self.perturbation
             remove()
             self._shared.std = 0.0
 

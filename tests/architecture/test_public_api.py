@@ -9,6 +9,7 @@ import pytest
 import lightning_privacy
 
 SURFACE = {
+    "AttentionNoise",
     "BudgetExceededError",
     "ConfigurationError",
     "DifferentialPrivacy",

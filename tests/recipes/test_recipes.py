@@ -100,6 +100,7 @@ TINY = {
         "--model.intermediate_size=32",
         "--model.vocab_size=300",
     ],
+    "attention_noise.yaml": [*SMALL_MODEL, "--data.embedded.n_users=60"],
     "quickstart.yaml": [*SMALL_MODEL, "--data.embedded.n_users=60", "--trainer.max_epochs=1"],
     "user_level/users.yaml": FEW_USERS,
     "user_level/examples.yaml": FEW_USERS,
