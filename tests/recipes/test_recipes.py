@@ -76,7 +76,7 @@ LARGE_MULTIMODAL = [
     "--model.pretrained.dtype=float32",
     "--data.preprocessing.image.size=16",
     "--data.preprocessing.audio.seconds=0.5",
-    "--data.labels=[no, yes]",
+    "--data.labels=[calm, loud]",
     "--trainer.precision=32-true",
     "--model.pretrained.rank=2",
 ]
@@ -84,7 +84,7 @@ TINY = {
     "multimodal/quick.yaml": GLYPHS,
     "multimodal/pretrain.yaml": ALONE,
     "multimodal/finetune.yaml": [*ALONE, "--model.initial_weights=null"],
-    "multimodal/av_digits.yaml": [*MULTIMODAL, "--data.val_fraction=0.99"],
+    "multimodal/av_digits.yaml": [*MULTIMODAL, "--data.val_fraction=0.5"],
     "multimodal/llama7b.yaml": [*LLAMA, *LARGE_MULTIMODAL],
     **dict.fromkeys(BELOW, GLYPHS),
     "llama7b/qlora_8gb.yaml": LLAMA,
@@ -135,7 +135,11 @@ def manifest(folder: Path) -> Path:
     """Sentences with sounds, of which every third has none."""
     soundfile.write(folder / "tone.wav", np.sin(np.arange(4000) / 5), 16000)
     rows = [
-        {"text": f"text {i}.", "label": ["no", "yes"][i % 2], "audio": "tone.wav" if i % 3 else ""}
+        {
+            "text": f"text {i}.",
+            "label": ["calm", "loud"][i % 2],
+            "audio": "tone.wav" if i % 3 else "",
+        }
         for i in range(60)
     ]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
