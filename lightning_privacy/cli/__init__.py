@@ -93,10 +93,10 @@ def _run(words: list[str]) -> None:
 
         run_ledger(words[1:])
         return
-    if command == "compare" or command == "ablate":  # noqa: PLR1714 - narrows the type
+    if command in {"compare", "ablate"}:
         from lightning_privacy.cli.compare import run_table
 
-        run_table(command, words[1:])
+        run_table("compare" if command == "compare" else "ablate", words[1:])
         return
     if command not in TRAINER_COMMANDS and not command.startswith("-"):
         raise ConfigurationError(
