@@ -38,7 +38,7 @@ def test_pretraining_and_fine_tuning_share_one_budget(folder, capsys):
     assert fit("finetune") == 2
     assert "No file 'runs/pretrained/last.ckpt'" in capsys.readouterr().err
     assert fit("pretrain") == 0
-    ledger = PrivacyLedger("runs/multimodal.sqlite", dataset="glyphs")
+    ledger = PrivacyLedger("multimodal.sqlite", dataset="glyphs")
     first = ledger.epsilon()
     assert 0 < first <= 4.01
     held = torch.load("runs/pretrained/last.ckpt", weights_only=False)
