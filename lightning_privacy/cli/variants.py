@@ -125,7 +125,15 @@ def ablated(epsilons: Sequence[float]) -> list[Variant]:
         Variant(name="without clipping", without=("clipping",)),
         Variant(name="without attention noise", attention_noise=False),
     ]
-    return [replace(part, epsilon=value) for value in epsilons for part in parts]
+    found = []
+    for value in epsilons:
+        for part in parts:
+            # Both are rows of ε = ∞, and without clipping there is one for each size of the noise.
+            several = part.without == ("clipping",) and len(epsilons) > 1
+            name = f"{part.name}, noise of ε = {value:g}" if several else part.name
+            if part.without != ("noise",) or value == epsilons[0]:
+                found.append(replace(part, name=name, epsilon=value))
+    return found
 
 
 def is_attention_noise(callback: Any) -> bool:

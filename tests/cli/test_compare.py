@@ -12,6 +12,7 @@ import pytest
 from lightning_privacy.cli import main
 from lightning_privacy.cli.compare import planned
 from lightning_privacy.cli.training import read_config
+from lightning_privacy.cli.variants import ablated
 
 pytest.importorskip("transformers")
 pytest.importorskip("librosa")
@@ -68,6 +69,19 @@ def test_the_ablations_leave_out_one_mechanism_each():
         "without clipping": (everything, ["clipping"], 3.0, True),
         "without attention noise": (everything, None, 3.0, False),
     }
+
+
+def test_rows_of_several_budgets_are_not_mixed_up():
+    names = [variant.name for variant in ablated([8.0, 3.0])]
+    assert names == [
+        "full",
+        "without DP noise",
+        "without clipping, noise of ε = 8",
+        "without attention noise",
+        "full",
+        "without clipping, noise of ε = 3",
+        "without attention noise",
+    ]
 
 
 def test_another_model_is_refused(capsys):
