@@ -94,7 +94,8 @@ def test_another_model_is_refused(capsys):
 def test_ablate_makes_a_table_and_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the command sets it, for its workers
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # the command sets them
+        monkeypatch.setenv(name, "0")
     words = ["ablate", *SMALL, "--seeds", "0", "--output", "out"]
     assert main(words) == 0
     shown = capsys.readouterr().out
