@@ -112,6 +112,12 @@ def _parser(command: Command) -> argparse.ArgumentParser:
         metavar="RATE",
         help="of the models without clipping and noise; by default the recipe's",
     )
+    add(
+        "--baseline_batch_size",
+        type=int,
+        metavar="B",
+        help="of the models without clipping and noise, which need no large one",
+    )
     add("--output", default=f"runs/{command}", metavar="DIR", help=f"default runs/{command}")
     return parser
 
@@ -129,7 +135,8 @@ def _variants(command: Command, options: argparse.Namespace, recipe: list[str]) 
     epsilons = options.epsilons or [config.privacy.epsilon]
     if command == "ablate":
         return ablated(epsilons)
-    return compared(model.modalities, epsilons, options.baseline_learning_rate)
+    baseline = options.baseline_learning_rate, options.baseline_batch_size
+    return compared(model.modalities, epsilons, *baseline)
 
 
 def _trained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,8 @@ class VariantFit(PrivacyCLI):
         if self.outcome is not None:
             self.subcommand = None
             return
+        # Of a run that was broken off, or of another recipe.
+        shutil.rmtree(self._folder, ignore_errors=True)
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

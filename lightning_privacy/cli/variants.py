@@ -28,6 +28,8 @@ class Variant:
         attention_noise: Whether the recipe's `AttentionNoise` stays.
         epsilon: The budget; None for the recipe's own.
         learning_rate: None for the recipe's own.
+        batch_size: Expected examples of a step; None for the recipe's own. With smaller batches as
+            many epochs have more steps.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Variant:
     attention_noise: bool = True
     epsilon: float | None = None
     learning_rate: float | None = None
+    batch_size: int | None = None
 
     @property
     def private(self) -> bool:
@@ -61,6 +64,8 @@ class Variant:
             model[name] = list(value) if isinstance(value, tuple) else value
         if self.epsilon is not None:
             config.privacy.epsilon = self.epsilon
+        if self.batch_size is not None:
+            config.privacy.expected_batch_size = self.batch_size
         if self.without:
             config.study = {"without": list(self.without), "not_private": True}
         if not self.attention_noise:
@@ -69,7 +74,10 @@ class Variant:
 
 
 def compared(
-    modalities: Sequence[str], epsilons: Sequence[float], learning_rate: float | None = None
+    modalities: Sequence[str],
+    epsilons: Sequence[float],
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
 ) -> list[Variant]:
     """List the models of the paper's Table 2, and each modality alone.
 
@@ -77,12 +85,17 @@ def compared(
         modalities: What the recipe's model reads.
         epsilons: Budgets of the private model.
         learning_rate: Of the models that are not private; None for the recipe's.
+        batch_size: Of the models that are not private; None for the recipe's.
 
     Returns:
         Non-private models first.
     """
     plain = Variant(
-        name="Non-PrivNet", without=_BOTH, attention_noise=False, learning_rate=learning_rate
+        name="Non-PrivNet",
+        without=_BOTH,
+        attention_noise=False,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
     )
     found = [replace(plain, name="Llama baseline (text)", modalities=("text",)), plain]
     if len(modalities) > 1:
@@ -112,7 +125,15 @@ def ablated(epsilons: Sequence[float]) -> list[Variant]:
         Variant(name="without clipping", without=("clipping",)),
         Variant(name="without attention noise", attention_noise=False),
     ]
-    return [replace(part, epsilon=value) for value in epsilons for part in parts]
+    found = []
+    for value in epsilons:
+        for part in parts:
+            # Both are rows of ε = ∞, and without clipping there is one for each size of the noise.
+            several = part.without == ("clipping",) and len(epsilons) > 1
+            name = f"{part.name}, noise of ε = {value:g}" if several else part.name
+            if part.without != ("noise",) or value == epsilons[0]:
+                found.append(replace(part, name=name, epsilon=value))
+    return found
 
 
 def is_attention_noise(callback: Any) -> bool:

@@ -8,10 +8,10 @@ secret, never the digit as such. A fair coin decides which examples are trained 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_privacy.data.base import Padding
 from lightning_privacy.data.examples import (
     Modality,
     MultimodalExample,
@@ -24,6 +24,9 @@ from lightning_privacy.data.multimodal import MultimodalDataModule
 from lightning_privacy.data.synthetic import SecretsCorpus
 from lightning_privacy.data.transforms import AudioTransform
 from lightning_privacy.types import real_number, whole_number
+
+if TYPE_CHECKING:
+    from lightning_privacy.data.base import Padding
 
 _COST = "The corpus could not be generated."
 _REMEDY = "Give the corpus such a value."

@@ -10,11 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_privacy.data.base import Padding
 from lightning_privacy.data.examples import (
     Modality,
     MultimodalExample,
@@ -26,6 +25,9 @@ from lightning_privacy.data.examples import (
 from lightning_privacy.data.multimodal import MultimodalDataModule
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.types import real_number
+
+if TYPE_CHECKING:
+    from lightning_privacy.data.base import Padding
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 _SOUNDS = {".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"}
@@ -179,7 +181,7 @@ def _rows(path: Path, columns: Mapping[str, str]) -> Sequence[Mapping[str, Any]]
     if (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 
-        return load_from_disk(str(path))  # type: ignore[no-any-return]
+        return load_from_disk(str(path))
     if path.is_dir():
         return _files(path, columns)
     raise _nothing_there(path)

@@ -10,6 +10,7 @@ Augmentation draws with torch's, Python's and NumPy's global generators, anew fo
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -296,7 +297,10 @@ class AudioTransform:
 
     @cached_property
     def _pipeline(self) -> Any:
-        import audiomentations
+        with warnings.catch_warnings():
+            # Its sources hold escape sequences that newer versions of Python complain about.
+            warnings.simplefilter("ignore")
+            import audiomentations
 
         steps = []
         if self.noise:

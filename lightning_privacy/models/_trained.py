@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning import LightningModule
 
+from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.models._adapters import require_same
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -65,3 +68,37 @@ class TrainedOnly(LightningModule):
     def _trained(self) -> dict[str, Tensor]:
         self.configure_model()
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def start_from(model: TrainedOnly, path: str, heads: Sequence[str]) -> None:
+    """Take up another run's weights, but for the heads of its task.
+
+    Args:
+        model: Gets them.
+        path: A checkpoint of Lightning, of a model with the same encoders and decoder.
+        heads: How names begin that belong to a task; they are left as they are.
+
+    Raises:
+        ConfigurationError: If the file is missing, was trained without privacy in study mode, or
+            holds another model.
+    """
+    if not Path(path).is_file():
+        raise _no_start(f"no file '{path}'", "Run the pretraining first, or give its checkpoint.")
+    held = torch.load(path, map_location="cpu", weights_only=False)
+    if "not_private" in held:
+        raise _no_start(
+            f"one that says '{held['not_private']}'", "Start from a run that was private."
+        )
+    own = {name: t for name, t in model.state_dict().items() if not name.startswith(tuple(heads))}
+    given = {name: t for name, t in held["state_dict"].items() if name in own}
+    require_same(own, given)
+    model.load_state_dict(given, strict=False)
+
+
+def _no_start(found: str, remedy: str) -> ConfigurationError:
+    return ConfigurationError(
+        must="`initial_weights` is a checkpoint of a private run.",
+        found=found[0].upper() + found[1:] + ".",
+        cost="Weights that no ε covers would be passed off as private.",
+        remedy=remedy,
+    )

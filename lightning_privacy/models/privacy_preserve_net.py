@@ -18,7 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_privacy.errors import ConfigurationError
-from lightning_privacy.models._trained import TrainedOnly
+from lightning_privacy.models._trained import TrainedOnly, start_from
 from lightning_privacy.models.base import Schedule, TextModule
 from lightning_privacy.models.decoders import PretrainedDecoder, SmallDecoder
 from lightning_privacy.models.encoders import (
@@ -65,6 +65,8 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
         audio: Sizes of the audio encoder.
         pooling: What a class is read from: the ``"mean"`` of all states of the example, or its
             ``"last"`` one.
+        initial_weights: A checkpoint of this class, possibly with another task, whose encoders and
+            decoder a fit starts from.
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay.
         betas: Decay rates of AdamW's two moments.
@@ -86,6 +88,7 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
         image: ImageSettings | None = None,
         audio: AudioSettings | None = None,
         pooling: Pooling = "mean",
+        initial_weights: str | None = None,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -98,7 +101,8 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
         self.modalities, self.task, self.pooling = tuple(modalities), task, pooling
         self._num_labels = num_labels
         self._decoder: SmallDecoder | PretrainedDecoder = pretrained or decoder or SmallDecoder()
-        self._settings = {"image": image or ImageSettings(), "audio": audio or AudioSettings()}
+        self._settings: dict[str, ImageSettings | AudioSettings] = {}
+        self._settings |= {"image": image or ImageSettings(), "audio": audio or AudioSettings()}
         self.others = [name for name in ("image", "audio") if name in modalities]
         self._config = self._decoder.config(self.prefix)
         self._config.num_labels = num_labels
@@ -301,6 +305,8 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
                 the model allows.
         """
         super().setup(stage)
+        if stage == "fit" and self.hparams["initial_weights"] is not None:
+            start_from(self, self.hparams["initial_weights"], ("network.score", "network.lm_head"))
         given = getattr(getattr(self.trainer, "datamodule", None), "modalities", self.modalities)
         missing = [name for name in self.modalities if name not in given]
         if missing:

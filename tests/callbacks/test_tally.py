@@ -16,6 +16,7 @@ def draw(units: int, share: float, nonfinite: int = 0) -> Any:
         units=units,
         nonfinite=nonfinite,
         clipped_share=share,
+        clipped_mass=share / 2,
         mean_norm=1.0,
         noise_to_signal=float("inf"),
     )

@@ -8,7 +8,9 @@ import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import yaml
 from transformers import AutoTokenizer
 
@@ -75,8 +77,28 @@ SMALL_LLAMA = [
     "--model.intermediate_size=32",
     "--model.vocab_size=300",
 ]
+# A group of another run's: a second run in the same folder would find the budget spent.
+ALONE = [*GLYPHS, "--privacy.ledger=null"]
+# Overlays, which go on top of another recipe.
+BELOW = {
+    f"multimodal/ablation/{name}.yaml": "multimodal/quick.yaml"
+    for name in ("full", "without_noise", "without_clipping", "without_attention_noise")
+}
+LARGE_MULTIMODAL = [
+    "--model.pretrained.dtype=float32",
+    "--data.preprocessing.image.size=16",
+    "--data.preprocessing.audio.seconds=0.5",
+    "--data.labels=[calm, loud]",
+    "--trainer.precision=32-true",
+    "--model.pretrained.rank=2",
+]
 TINY = {
     "multimodal/quick.yaml": GLYPHS,
+    "multimodal/pretrain.yaml": ALONE,
+    "multimodal/finetune.yaml": [*ALONE, "--model.initial_weights=null"],
+    "multimodal/av_digits.yaml": [*MULTIMODAL, "--data.val_fraction=0.5"],
+    "multimodal/llama7b.yaml": [*LLAMA, *LARGE_MULTIMODAL],
+    **dict.fromkeys(BELOW, GLYPHS),
     "llama7b/qlora_8gb.yaml": LLAMA,
     "llama7b/qlora_12gb.yaml": LLAMA,
     "llama7b/qlora_24gb.yaml": LLAMA,
@@ -104,6 +126,44 @@ def checkpoint(tmp_path_factory) -> str:
     return write_checkpoint(tmp_path_factory.mktemp("llama"))
 
 
+def archive(folder: Path) -> Path:
+    """A file of made-up digits in the form of the real one."""
+    rng, count = np.random.default_rng(0), 200
+    np.savez(
+        folder / "digits.npz",
+        image=rng.integers(0, 256, (count, 28, 28), dtype=np.uint8),
+        digit=np.arange(count) % 10,
+        speaker=np.arange(count) % 2,
+        take=np.arange(count) // 20,
+        speakers=np.array(["ann", "bob"]),
+        wave=rng.integers(-9000, 9000, 800 * count, dtype=np.int16),
+        offset=800 * np.arange(count + 1),
+        sample_rate=8000,
+    )
+    return folder / "digits.npz"
+
+
+def manifest(folder: Path) -> Path:
+    """Sentences with sounds, of which every third has none."""
+    soundfile.write(folder / "tone.wav", np.sin(np.arange(4000) / 5), 16000)
+    rows = [
+        {
+            "text": f"text {i}.",
+            "label": ["calm", "loud"][i % 2],
+            "audio": "tone.wav" if i % 3 else "",
+        }
+        for i in range(60)
+    ]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "manifest.jsonl"
+
+
+def configs(path: Path) -> list[str]:
+    """The recipe as a user names it: an overlay behind what it goes on top of."""
+    below = BELOW.get(name_of(path))
+    return [*(["--config", str(ROOT / "recipes" / below)] if below else []), "--config", str(path)]
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT / "recipes"))
 
@@ -119,6 +179,11 @@ def given(checkpoint, folder):
     own_text = [both[1], f"--data.tokenizer={checkpoint}"]
     return {
         **{name: [] for name in TINY},
+        "multimodal/av_digits.yaml": [f"--data.path={archive(folder)}"],
+        "multimodal/llama7b.yaml": [
+            f"--model.pretrained.checkpoint={checkpoint}",
+            f"--data.path={manifest(folder)}",
+        ],
         **dict.fromkeys(names, both),
         "llama7b/pretrain_1b.yaml": own_text,
         "distributed/pretrain_fsdp.yaml": own_text,
@@ -193,7 +258,7 @@ def command(folder: str, words: list[str]) -> tuple[int, str]:
 @pytest.mark.parametrize("path", [p for p in RECIPES if not is_distributed(p)], ids=name_of)
 def test_a_recipe_runs(path, folder, given, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    words = ["fit", "--config", str(path), *given[name_of(path)], *TINY[name_of(path)]]
+    words = ["fit", *configs(path), *given[name_of(path)], *TINY[name_of(path)]]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "epsilon spent" in shown

@@ -1,0 +1,125 @@
+"""`compare` and `ablate`: each row changes what it says, and a finished model is kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_privacy.cli import main
+from lightning_privacy.cli.compare import planned
+from lightning_privacy.cli.training import read_config
+from lightning_privacy.cli.variants import ablated
+
+pytest.importorskip("transformers")
+pytest.importorskip("librosa")
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--config", str(ROOT / "recipes" / "multimodal" / "quick.yaml")]
+SMALL = [
+    *QUICK,
+    "--data.corpus.n_users=16",
+    "--data.corpus.test_examples=20",
+    "--data.batch_size=16",
+    "--model.decoder.hidden_size=16",
+    "--model.decoder.num_layers=1",
+    "--privacy.expected_batch_size=16",
+    "--trainer.max_epochs=1",
+    "--trainer.check_val_every_n_epoch=1",
+    "--trainer.accelerator=cpu",
+]
+
+
+def changed(variant) -> tuple[list[str], object, float, bool]:
+    config = read_config(QUICK)
+    variant.change(config)
+    return (
+        list(config.model.init_args.modalities),
+        config.study and config.study["without"],
+        config.privacy.epsilon,
+        bool(config.trainer.callbacks),
+    )
+
+
+def test_the_three_models_and_each_modality_alone():
+    words = ["--epsilons", "8", "1", "--baseline_learning_rate", "0.5", *QUICK]
+    _, recipe, variants = planned("compare", words)
+    assert recipe == QUICK
+    everything, nothing = ["text", "image", "audio"], ["clipping", "noise"]
+    assert {v.name + f" {v.epsilon}" * v.private: changed(v) for v in variants} == {
+        "Llama baseline (text)": (["text"], nothing, 8.0, False),
+        "Non-PrivNet": (everything, nothing, 8.0, False),
+        "Non-PrivNet, image alone": (["image"], nothing, 8.0, False),
+        "Non-PrivNet, audio alone": (["audio"], nothing, 8.0, False),
+        "PrivacyPreserveNet 8.0": (everything, None, 8.0, True),
+        "PrivacyPreserveNet 1.0": (everything, None, 1.0, True),
+    }
+    assert {v.learning_rate for v in variants} == {0.5, None}
+
+
+def test_the_ablations_leave_out_one_mechanism_each():
+    _, _, variants = planned("ablate", ["--epsilons", "3", *QUICK])
+    everything = ["text", "image", "audio"]
+    assert {v.name: changed(v) for v in variants} == {
+        "full": (everything, None, 3.0, True),
+        "without DP noise": (everything, ["noise"], 3.0, True),
+        "without clipping": (everything, ["clipping"], 3.0, True),
+        "without attention noise": (everything, None, 3.0, False),
+    }
+
+
+def test_rows_of_several_budgets_are_not_mixed_up():
+    names = [variant.name for variant in ablated([8.0, 3.0])]
+    assert names == [
+        "full",
+        "without DP noise",
+        "without clipping, noise of ε = 8",
+        "without attention noise",
+        "full",
+        "without clipping, noise of ε = 3",
+        "without attention noise",
+    ]
+
+
+def test_another_model_is_refused(capsys):
+    words = ["--config", str(ROOT / "recipes" / "quickstart.yaml")]
+    assert main(["compare", *words]) == 2
+    assert "CausalLanguageModel" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ablate_makes_a_table_and_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # the command sets them
+        monkeypatch.setenv(name, "0")
+    words = ["ablate", *SMALL, "--seeds", "0", "--output", "out"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("STUDY MODE") == 2
+    out = tmp_path / "out"
+    with (out / "ablate.csv").open() as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    private = {"full", "without attention noise"}
+    assert len(rows) == 4
+    for name, row in rows.items():
+        assert math.isfinite(float(row["epsilon"])) == (name in private)
+        assert 0 <= float(row["accuracy"]) <= 1
+        assert float(row["lower"]) <= float(row["advantage"]) <= float(row["upper"])
+    assert "| full | 8 |" in (out / "ablate.md").read_text()
+    for name in ("ablate", "components", "indicators"):
+        assert (out / f"{name}.svg").is_file()
+    assert "attention_noise/perturbation" in next(out.glob("full*/log/metrics.csv")).read_text()
+    before = {path: path.read_text() for path in out.glob("*/outcome.json")}
+    assert main(words) == 0
+    assert "STUDY MODE" not in capsys.readouterr().out
+    # Another recipe is another model: only what was trained under the same one is kept.
+    stale = next(out.glob("without-clipping*/outcome.json"))
+    stale.write_text(json.dumps({**json.loads(stale.read_text()), "recipe": "another"}))
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("STUDY MODE") == 1
+    kept = {path: text for path, text in before.items() if path != stale}
+    assert {path: path.read_text() for path in kept} == kept
