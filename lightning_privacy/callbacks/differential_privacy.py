@@ -177,8 +177,7 @@ class DifferentialPrivacy(Callback):
         self.print_table = print_table
         self._bookings = Bookings(ledger, journal)
         self._seal = Seal(trust=trust_checkpoint)
-        self._state = RunState()
-        self._tally = Tally()
+        self._state, self._tally = RunState(), Tally()
         self.home = Home(self._state, self._tally)
         self._secret = self._noise_secret = b""
         self._world = World()

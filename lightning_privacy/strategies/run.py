@@ -100,8 +100,7 @@ class PrivateRun:
         self._charge, self._record = charge, record
         self._draw, self._probing = Draw(), False
         self._probed: Tensor | None = None
-        self._watched = False
-        self._released = 0
+        self._watched, self._released = False, 0
         self._repeats = Repeats()
         self.recheck: Callable[..., None] | None = None
         self.labels = LabelWatch()

@@ -195,7 +195,11 @@ def summing(change: Callable[[Any, Any], Any]) -> Any:
     ordinary = step_module.clipped_sum
 
     def total(found: Any, parameters: Any, units: Any, rule: Any, *rest: Any) -> Any:
-        return change(ordinary(found, parameters, units, rule, *rest), rule)
+        *before, add = rest
+        part = change(ordinary(found, parameters, units, rule, *before), rule)
+        for name, gradient in part.gradients.items():
+            add(name, gradient)
+        return part
 
     return patched(step_module, "clipped_sum", total)
 

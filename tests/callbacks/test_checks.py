@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.callbacks._probe import LossProbe, _most_different, attributes_kept
+from lightning_privacy.distributed import World
 from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.strategies.draw import Repeats
 from tests.callbacks.training import (
@@ -114,7 +115,7 @@ def test_the_rows_differ_in_labels_and_lengths() -> None:
         LossProbe(
             None,
             DataLoader(TensorDataset(x, labels), batch_size=4),  # type: ignore[arg-type]
-            None,  # type: ignore[arg-type]
+            SimpleNamespace(world=World()),  # type: ignore[arg-type]
         ).rows(2)
         for _ in range(30)
     ]

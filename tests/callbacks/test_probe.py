@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanSquaredError
 
 from lightning_privacy.callbacks._probe import LossProbe, _quiet
+from lightning_privacy.distributed import World
 from tests.callbacks.training import (
     LIGHTNING_NOISE,
     ROWS,
@@ -104,7 +106,8 @@ def test_random_augmentation_passes_the_check(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 2), (3, 3), (16, 8)])
 def test_the_rows_of_the_check_fit_into_memory(batch_size: int, count: int) -> None:
-    rows = LossProbe(None, loader(batch_size=batch_size), None).rows()  # type: ignore[arg-type]
+    run = SimpleNamespace(world=World())
+    rows = LossProbe(None, loader(batch_size=batch_size), run).rows()  # type: ignore[arg-type]
     assert len(rows) == len(set(rows)) == count
     assert all(0 <= row < ROWS for row in rows)
 

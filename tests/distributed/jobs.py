@@ -154,7 +154,7 @@ def noise(directory: str, ranks: int, steps: int, settings: dict) -> dict[str, A
         torch.distributed.all_reduce = ordinary
     unit = sigma * callback.plan.clip_norm / expected
     total = torch.cat([p.detach().flatten() for p in module.parameters()])
-    parts = [share.flatten() for share in shares if share.numel() > 6]
+    parts = [share.flatten() for share in shares if share.numel() > 16]
     return {
         "world": (total / unit).tolist(),
         "share": (torch.cat(parts) / unit).tolist() if parts else [],
