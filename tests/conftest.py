@@ -40,6 +40,7 @@ SET_BY_OTHERS = frozenset(
         "TORCHINDUCTOR_CACHE_DIR",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING",
         "TRITON_CACHE_DIR",
+        "TRITON_PTXAS_PATH",
     }
 )
 CACHES = frozenset({
