@@ -32,6 +32,7 @@ LARGEST_STEP_COUNT = 10**8
 
 _LARGEST_NOISE_MULTIPLIER = 1e7
 _SMALLEST_NOISE_MULTIPLIER = 1e-3
+_FAR = 100.0
 _RELATIVE_PRECISION = 1e-4
 _APART = 1 + 0.2 * _RELATIVE_PRECISION
 
@@ -226,7 +227,8 @@ def _bracket(spent: Callable[[float], float], target: float, first: float) -> tu
 def _interpolated(values: dict[float, float], target: float) -> float:
     """Where the straight line in log-log through the two nearest points meets the target."""
     x, slope = min(values, key=lambda x: _distance(values[x], target)), _slope(values, target)
-    return x * math.exp(math.log(target / max(values[x], 1e-300)) / slope)
+    away = math.log(target / max(values[x], 1e-300)) / slope
+    return x * math.exp(min(max(away, -_FAR), _FAR))
 
 
 def _slope(values: dict[float, float], target: float) -> float:

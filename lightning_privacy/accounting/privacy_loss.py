@@ -29,6 +29,8 @@ _LARGEST_GRID = 400_000
 _LARGEST_COMPOSED_GRID = 2_000_000
 # From here on the moment bound, a few per cent larger, is answer enough.
 _LARGEST_EPSILON = 200.0
+# Beyond these, numbers leave float64: less noise has no finite ε, and more is taken for this much.
+_LEAST_NOISE, _MOST_NOISE = 1e-100, 1e8
 # Beyond this exp(loss) is about to leave float64, and ε is in the hundreds.
 _LARGEST_LOSS = 576.0
 # How many cells on either side of 0 the coarser distribution keeps apart.
@@ -94,6 +96,8 @@ def pld_epsilon(releases: Sequence[GaussianRelease], delta: float, discretizatio
         ε >= 0, possibly infinite.
     """
     mechanisms = _mechanisms(releases)
+    if min(part.sigma for part in mechanisms) < _LEAST_NOISE:
+        return math.inf
     if _hopeless(mechanisms):
         # Zero-concentrated DP of the unsampled releases (Bun and Steinke, arXiv 1605.02065).
         rho = sum(0.5 * part.times * (part.group / part.sigma) ** 2 for part in mechanisms)
@@ -115,7 +119,7 @@ def pld_delta(releases: Sequence[GaussianRelease], epsilon: float, discretizatio
         δ in [0, 1].
     """
     mechanisms = _mechanisms(releases)
-    if _hopeless(mechanisms):
+    if min(part.sigma for part in mechanisms) < _LEAST_NOISE or _hopeless(mechanisms):
         return 1.0
     return min(1.0, max(_delta(side, epsilon) for side in _directions(mechanisms, discretization)))
 
@@ -123,12 +127,11 @@ def pld_delta(releases: Sequence[GaussianRelease], epsilon: float, discretizatio
 def _mechanisms(releases: Sequence[GaussianRelease]) -> list[_Mechanism]:
     # Unsampled Gaussians compose exactly into one Gaussian: no grid error adds up.
     return [
-        _Mechanism(release.noise_multiplier / release.group_size / math.sqrt(release.count), 1.0, 1)
+        _Mechanism(noise / release.group_size / math.sqrt(release.count), 1.0, 1)
         if release.sample_rate == 1
-        else _Mechanism(
-            release.noise_multiplier, release.sample_rate, release.count, release.group_size
-        )
+        else _Mechanism(noise, release.sample_rate, release.count, release.group_size)
         for release in releases
+        for noise in [min(release.noise_multiplier, _MOST_NOISE)]
     ]
 
 

@@ -120,6 +120,16 @@ class RunState:
         finally:
             self._charging = False
 
+    @property
+    def finished(self) -> bool:
+        """Whether all planned steps are charged, which are reserved, or all that the budget allows.
+
+        A module that releases less often for each draw than it has declared would go on.
+        """
+        if self.plan is None:
+            return False
+        return self.ledger.count >= min(self.plan.steps, self.limit or self.plan.steps)
+
     # ------------------------------------------------------------------ several ranks
     def agree(self, world: World) -> None:
         """Take over what rank 0 has spent and handed out. Rank 0 alone keeps the journal.

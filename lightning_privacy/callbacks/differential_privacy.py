@@ -311,7 +311,7 @@ class DifferentialPrivacy(Callback):
     ) -> None:
         """Log ε and what the draw looked like, and stop before the budget would be exceeded."""
         state = self._state
-        if state.limit is not None and state.ledger.count >= state.limit:
+        if state.finished:
             trainer.should_stop = True
         if trainer.barebones or self._so_far is None:
             return

@@ -8,7 +8,7 @@ import pytest
 from scipy import integrate
 from scipy.optimize import brentq
 
-from lightning_privacy.accounting import privacy_loss
+from lightning_privacy.accounting import GaussianRelease, privacy_loss
 from lightning_privacy.accounting.privacy_loss import hockey_stick, pld_delta, pld_epsilon
 from tests.accounting.goldens import exact_delta, exact_epsilon, release
 
@@ -172,3 +172,18 @@ def test_a_delta_below_the_infinite_mass_has_no_finite_epsilon():
     composition = privacy_loss._Composition(((loss, 1),), 1e-3)
     assert privacy_loss._epsilon(composition, 1e-7) == math.inf
     assert privacy_loss._delta(composition, 30.0) >= 1e-6
+
+
+@pytest.mark.parametrize("rate", [1e-6, 0.01, 1.0])
+def test_noise_that_leaves_float64_is_never_too_cheap(rate: float) -> None:
+    def spent(noise: float) -> float:
+        release = GaussianRelease(noise_multiplier=noise, sample_rate=rate, count=1000)
+        return pld_epsilon([release], 1e-30, 1e-3)
+
+    assert spent(1e-300) == math.inf
+    assert spent(1e-90) > 1e100
+    assert (
+        pld_delta([GaussianRelease(noise_multiplier=1e-300, sample_rate=rate, count=1)], 5.0, 1e-3)
+        == 1.0
+    )
+    assert 0 < spent(1e300) == spent(1e90) <= spent(1e7)

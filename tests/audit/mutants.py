@@ -280,11 +280,15 @@ def a_norm_that_overflows_is_not_clipped() -> Iterator[Audited]:
 def the_batch_is_clipped_as_one() -> Iterator[Audited]:
     ordinary = step_module.clipped_sum
 
-    def total(found: Any, parameters: Any, units: Any, rule: Any, buffer: Any, share: float) -> Any:
+    def total(found: Any, parameters: Any, units: Any, rule: Any, *rest: Any) -> Any:
+        *before, add = rest
         unbounded = FlatClipping(clip_norm=1e9)
-        part = ordinary(found, parameters, units, unbounded, buffer, share)
+        part = ordinary(found, parameters, units, unbounded, *before)
         norm = math.sqrt(sum(float(g.square().sum()) for g in sums(part)))
-        return times(part, min(1.0, share * rule.sensitivity / norm) if norm else 1.0)
+        part = times(part, min(1.0, before[-1] * rule.sensitivity / norm) if norm else 1.0)
+        for name, gradient in part.gradients.items():
+            add(name, gradient)
+        return part
 
     with patched(step_module, "clipped_sum", total) as audited:
         yield audited

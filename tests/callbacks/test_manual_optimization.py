@@ -268,3 +268,10 @@ def test_resume(tmp_path: Path) -> None:
     trainer(tmp_path, callback).fit(resumed, loader(), ckpt_path=str(tmp_path / "step=6.ckpt"))
     assert same(weights(unbroken), weights(resumed))
     assert callback.steps == 10
+
+
+def test_fewer_releases_than_declared_do_not_go_beyond_the_plan(tmp_path: Path) -> None:
+    callback = privacy(releases_per_draw=2)
+    trainer(tmp_path, callback, max_steps=6).fit(Manual(), loader())
+    assert callback.plan is not None
+    assert callback.steps == callback.plan.steps == 3

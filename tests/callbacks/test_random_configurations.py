@@ -143,7 +143,8 @@ def check_fit(case: Configuration) -> bool:
     assert callback.steps <= plan.steps
     spent = callback.epsilon()
     assert math.isinf(spent) == plan.deterministic
-    assert spent > 0
+    # Of much noise and few draws δ alone is enough.
+    assert spent >= 0
     if "epsilon" in case.privacy and not plan.deterministic:
         assert spent <= case.privacy["epsilon"]
     assert all(type(parameter) is nn.Parameter for parameter in module.parameters())
