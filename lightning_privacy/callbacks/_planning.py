@@ -90,7 +90,9 @@ def make_plan(
         GuaranteeError: The configuration is not that of the run that goes on.
     """
     releases = _releases_per_draw(settings, state, trainer)
-    remaining = _remaining(trainer, sampling.steps_per_epoch, releases, state.steps)
+    # A draw that was charged, and interrupted before its step, is still to come for the trainer.
+    done = min(state.steps, trainer.global_step // releases)
+    remaining = _remaining(trainer, sampling.steps_per_epoch, releases, done)
     fixed = _fixed_fields(settings, trainer, sampling, releases)
     tiers = None if settings.tiers is None else tier_settings(settings.tiers, fixed)
     plan = (

@@ -169,6 +169,7 @@ def _planned_trainer(settings: dict[str, Any]) -> SimpleNamespace:
         max_epochs = _LIGHTNING_EPOCHS if max_steps == -1 else -1
     limit = settings.get("limit_train_batches")
     return SimpleNamespace(
+        global_step=0,
         precision=settings.get("precision") or "32-true",
         limit_train_batches=1.0 if limit is None else limit,
         max_epochs=max_epochs,

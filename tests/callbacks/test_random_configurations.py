@@ -39,6 +39,7 @@ def planned(case: Configuration) -> PrivacyPlan | None:
     options = {"max_epochs": None, "max_steps": -1, "limit_train_batches": 1.0, **case.trainer}
     module: Any = SimpleNamespace(automatic_optimization=not case.module["manual"])
     trainer = SimpleNamespace(
+        global_step=0,
         lightning_module=module,
         optimizers=[object()],
         world_size=1,
