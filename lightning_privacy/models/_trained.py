@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +81,16 @@ def start_from(model: TrainedOnly, path: str, heads: Sequence[str]) -> None:
 
     Raises:
         ConfigurationError: If the file is missing, was trained without privacy in study mode, or
-            holds another model.
+            holds another model, or more than plain values.
     """
     if not Path(path).is_file():
         raise _no_start(f"no file '{path}'", "Run the pretraining first, or give its checkpoint.")
-    held = torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _no_start(
+            "a file that would run code when it is read", "Give a checkpoint of a fit."
+        ) from error
     if "not_private" in held:
         raise _no_start(
             f"one that says '{held['not_private']}'", "Start from a run that was private."

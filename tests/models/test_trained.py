@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,3 +48,19 @@ def test_another_model_and_no_file_are_refused(tmp_path):
         start_from(net(), saved(tmp_path / "a.ckpt", net(width=32)), HEADS)
     with pytest.raises(ConfigurationError, match="No file"):
         start_from(net(), str(tmp_path / "none.ckpt"), HEADS)
+
+
+class Payload:
+    """What a file may hold that is read without care."""
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.__dict__["path"]),)
+
+
+def test_reading_a_checkpoint_runs_no_code(tmp_path):
+    payload = Payload()
+    payload.path = tmp_path / "ran"
+    path = saved(tmp_path / "a.ckpt", net(), more=payload)
+    with pytest.raises(ConfigurationError, match="run code"):
+        start_from(net(), path, HEADS)
+    assert not payload.path.exists()
