@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.hub import read_config, read_tokenizer
-from lightning_privacy.models._adapters import adapted, continued, merged, require_same
+from lightning_privacy.models._adapters import adapted, continued, merged
 from lightning_privacy.models._loading import (
     Quantization,
     Task,
@@ -22,6 +22,7 @@ from lightning_privacy.models._loading import (
     require_valid,
 )
 from lightning_privacy.models._memory import Workload, require_gpu, require_memory
+from lightning_privacy.models._trained import TrainedOnly
 from lightning_privacy.models.base import Schedule, TextModule, enable_checkpointing
 from lightning_privacy.models.losses import frozen_head_losses
 
@@ -35,7 +36,7 @@ LLAMA_2_7B = "meta-llama/Llama-2-7b-hf"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class LlamaQLoRA(TextModule):
+class LlamaQLoRA(TrainedOnly, TextModule):
     """Low-rank adapters on a frozen Llama, Mistral or Qwen, quantised to 4 bits while it is read.
 
     QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the linear layers of the blocks are kept in NF4
@@ -238,59 +239,6 @@ class LlamaQLoRA(TextModule):
         # Padding stands on the right, where causal attention never looks: it needs no mask.
         states: Tensor = self._base.model(input_ids=batch["input_ids"]).last_hidden_state
         return states
-
-    # ------------------------------------------------------------------ checkpoints
-    @override
-    def state_dict(  # type: ignore[override]
-        self,
-        *,
-        destination: dict[str, Any] | None = None,
-        prefix: str = "",
-        keep_vars: bool = False,
-    ) -> dict[str, Any]:
-        """What is trained; the frozen base is left out, as it can be read again.
-
-        Args:
-            destination: Where to put it; a new dictionary by default.
-            prefix: Of the names.
-            keep_vars: Whether to return the parameters themselves.
-
-        Returns:
-            Adapters, and the head of a classification, by name.
-        """
-        found = {} if destination is None else destination
-        for name, parameter in self._trained().items():
-            found[prefix + name] = parameter if keep_vars else parameter.detach()
-        return found
-
-    @override
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Take up what `state_dict` gave; the base is loaded if it is not yet.
-
-        Args:
-            state_dict: By name.
-            strict: Whether names and shapes have to be those of this model.
-            assign: As in torch.
-
-        Returns:
-            As in torch, the names that are missing and unexpected.
-
-        Raises:
-            ConfigurationError: If names or shapes differ.
-        """
-        self.configure_model()
-        own = self._trained()
-        if strict:
-            require_same(own, state_dict)
-        result: Any = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [name for name in result.missing_keys if name in own]
-        return result._replace(missing_keys=missing)
-
-    def _trained(self) -> dict[str, Tensor]:
-        self._loaded()
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     # ------------------------------------------------------------------ afterwards
     def save_adapter(self, folder: str) -> None:
