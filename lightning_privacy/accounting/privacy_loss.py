@@ -29,8 +29,9 @@ _LARGEST_GRID = 400_000
 _LARGEST_COMPOSED_GRID = 2_000_000
 # From here on the moment bound, a few per cent larger, is answer enough.
 _LARGEST_EPSILON = 200.0
-# Beyond these, numbers leave float64: less noise has no finite ε, and more is taken for this much.
-_LEAST_NOISE, _MOST_NOISE = 1e-100, 1e8
+# Beyond these, numbers leave float64: less noise has no finite ε, more is taken for this much, and
+# a smaller rate for this one.
+_LEAST_NOISE, _MOST_NOISE, _LEAST_RATE = 1e-100, 1e8, 1e-15
 # Beyond this exp(loss) is about to leave float64, and ε is in the hundreds.
 _LARGEST_LOSS = 576.0
 # How many cells on either side of 0 the coarser distribution keeps apart.
@@ -129,9 +130,10 @@ def _mechanisms(releases: Sequence[GaussianRelease]) -> list[_Mechanism]:
     return [
         _Mechanism(noise / release.group_size / math.sqrt(release.count), 1.0, 1)
         if release.sample_rate == 1
-        else _Mechanism(noise, release.sample_rate, release.count, release.group_size)
+        else _Mechanism(noise, rate, release.count, release.group_size)
         for release in releases
         for noise in [min(release.noise_multiplier, _MOST_NOISE)]
+        for rate in [max(release.sample_rate, _LEAST_RATE)]
     ]
 
 

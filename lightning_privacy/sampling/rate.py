@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 from lightning_privacy.errors import ConfigurationError
@@ -84,7 +85,7 @@ def resolve_sampling(
     else:
         relation = NeighbouringRelation.ADD_OR_REMOVE
         note += "; a neighbour has one unit more or less"
-    return ResolvedSampling(rate, batch, relation, max(1, round(1 / rate)), note)
+    return ResolvedSampling(rate, batch, relation, _epoch(rate), note)
 
 
 def _checked(
@@ -132,6 +133,18 @@ def _refuse_contradiction(rate: float | None, batch: float | None, size: int | N
             cost="a gradient divided by something other than the expected batch",
             remedy="pass two of the three",
         )
+
+
+def _epoch(rate: float) -> int:
+    # A tiny rate may have no reciprocal at all.
+    if rate * sys.maxsize < 2:
+        raise ConfigurationError(
+            must=f"an epoch, one over the sample rate, has at most {sys.maxsize // 2} private steps",
+            found=f"a sample rate of {rate:g}",
+            cost="a loader whose length is no number of this machine's",
+            remedy="pass the probability with which each unit is drawn in a step",
+        )
+    return max(1, round(1 / rate))
 
 
 def _rate(batch: float, size: int, source: str) -> float:

@@ -187,3 +187,12 @@ def test_noise_that_leaves_float64_is_never_too_cheap(rate: float) -> None:
         == 1.0
     )
     assert 0 < spent(1e300) == spent(1e90) <= spent(1e7)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 1e7])
+def test_a_rate_that_leaves_float64_is_taken_for_a_larger_one(noise: float) -> None:
+    def spent(rate: float) -> float:
+        release = GaussianRelease(noise_multiplier=noise, sample_rate=rate, count=1000)
+        return pld_epsilon([release], 1e-60, 1e-4)
+
+    assert 0 <= spent(1e-300) == spent(1e-100) <= spent(1e-20)

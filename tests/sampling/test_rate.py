@@ -99,6 +99,7 @@ def test_it_can_be_unpacked():
         ({"dataset_size": True}, "`dataset_size` = True"),
         ({"actual_size": 0}, "`actual_size` must be a whole number >= 1"),
         ({"loader_batch_size": None}, "`loader_batch_size` = None"),
+        ({"sample_rate": 1e-300}, "Found: a sample rate of 1e-300"),
         ({"world_size": 0}, "`world_size` must be a whole number >= 1"),
         ({"expected_batch_size": 1001}, "must be at most the number of units"),
         ({"expected_batch_size": 60, "dataset_size": 50}, "the declared dataset_size, 50"),
