@@ -9,7 +9,6 @@ the test. Every row of users.csv is one seed; users.svg shows their means.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
 import json
@@ -20,19 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+from user_methods import METHODS, SEEDS, Work, split, write
 
-from lightning_privacy import DifferentialPrivacy
-from lightning_privacy.sampling import UserIndex
-from lightning_privacy.tiers import TierPolicy, VolumeTiers
-
-WIDTH, STEPS, GROUP, DELTA = 512, 80, 4, 1e-5
-EPSILONS, SEEDS = (1.0, 2.0, 4.0, 8.0), (0, 1, 2)
-USERS, EXAMPLES = 256, 512  # drawn by a step, on average
+WIDTH = 512  # hashed items
+WORK = Work(
+    group=4, users=256, examples=512, light=4, steps=80, delta=1e-5, epsilons=(1.0, 2.0, 4.0, 8.0)
+)
 
 
 class Baskets(Dataset):
@@ -79,52 +75,10 @@ def accuracy(model: Autumn, test: Baskets) -> float:
         return float(((model.linear(test.x)[:, 0] > 0) == (test.y > 0.5)).float().mean())
 
 
-def split(rows: list[dict[str, Any]], seed: int) -> tuple[list, list]:
-    names = sorted({row["user"] for row in rows})
-    order = np.random.default_rng(seed).permutation(len(names))
-    held = {names[number] for number in order[: len(names) // 5]}
-    return [r for r in rows if r["user"] not in held], [r for r in rows if r["user"] in held]
-
-
-def settings(method: str, epsilon: float) -> dict[str, Any]:
-    """What distinguishes the methods; all protect a customer with the same (ε, δ)."""
-    users = {"unit": "user", "group_size": GROUP, "expected_batch_size": USERS, "epsilon": epsilon}
-    if method == "users":
-        return users
-    if method == "examples":
-        return {**users, "user_sampling": "examples", "expected_batch_size": EXAMPLES}
-    if method == "tiers":
-        # Heavy customers at half the ε; only the larger one is published.
-        policy = TierPolicy(
-            segmentation=VolumeTiers({"light": GROUP, "heavy": 1000}),
-            targets={"light": epsilon, "heavy": epsilon / 2},
-            shares={"light": 0.5, "heavy": 0.5},
-        )
-        return {**users, "tiers": policy}
-    # Group privacy: (ε, δ) for GROUP examples from (ε', δ') for one.
-    own = epsilon / GROUP
-    ratio = math.expm1(epsilon) / math.expm1(own)
-    return {"epsilon": own, "delta": DELTA / ratio, "expected_batch_size": EXAMPLES}
-
-
 def trained(data: Baskets, method: str, epsilon: float) -> Autumn:
     model = Autumn(rate=0.1)
-    options = {"delta": DELTA, "clip_norm": 0.5, "journal": False, "print_table": False}
-    callbacks = []
-    if method != "without":
-        callbacks = [DifferentialPrivacy(**{**options, **settings(method, epsilon)})]
-    trainer = L.Trainer(
-        max_steps=STEPS, max_epochs=-1, accelerator="cpu", logger=False, callbacks=callbacks,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(model, DataLoader(data, batch_size=EXAMPLES, shuffle=True))
+    WORK.fit(model, data, method, epsilon)
     return model
-
-
-def bounded(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """At most GROUP baskets of each customer, as group privacy needs."""
-    kept = UserIndex([row["user"] for row in rows]).bounded(GROUP, seed.to_bytes(16, "big"))
-    return [rows[row] for row in kept.tolist()]
 
 
 def main(source: str, target: str) -> None:
@@ -132,49 +86,25 @@ def main(source: str, target: str) -> None:
         rows = [json.loads(line) for line in file]
     found = []
     for seed in SEEDS:
-        train, test = (split(rows, seed)[0], Baskets(split(rows, seed)[1]))
+        train, held = split(rows, seed)
+        data, few, test = Baskets(train), Baskets(WORK.bounded(train, seed)), Baskets(held)
         share = float(test.y.mean())
         found.append(("no learning", 0.0, seed, max(share, 1 - share)))
-        found.append(
-            (
-                "without privacy",
-                math.inf,
-                seed,
-                accuracy(trained(Baskets(train), "without", 0), test),
-            )
-        )
-        data, few = Baskets(train), Baskets(bounded(train, seed))
-        for epsilon in EPSILONS:
-            for method in ("users", "examples", "tiers", "group privacy"):
+        plain = accuracy(trained(data, "without", 0), test)
+        found.append(("without privacy", math.inf, seed, plain))
+        for epsilon in WORK.epsilons:
+            for method in METHODS:
                 model = trained(few if method == "group privacy" else data, method, epsilon)
                 found.append((method, epsilon, seed, accuracy(model, test)))
                 print(*found[-1], flush=True)
-    with Path(target, "users.csv").open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["method", "epsilon", "seed", "accuracy"])
-        table.writerows((m, f"{e:g}", s, f"{a:.4f}") for m, e, s, a in found)
-    plot(found, Path(target, "users.svg"))
-
-
-def plot(found: list[tuple[str, float, int, float]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for method in ("users", "tiers", "examples", "group privacy"):
-        means = [np.mean([a for m, e, _, a in found if (m, e) == (method, x)]) for x in EPSILONS]
-        axes.plot(EPSILONS, means, marker="o", label=method)
-    for method, style in (("without privacy", ":"), ("no learning", "--")):
-        mean = np.mean([a for m, _, _, a in found if m == method])
-        axes.axhline(
-            mean,
-            linestyle=style,
-            color="grey",
-            label=method,
-        )
-    axes.set(xscale="log", xlabel="ε of a customer", ylabel="accuracy on other customers")
-    axes.set_xticks(EPSILONS, [f"{x:g}" for x in EPSILONS])
-    axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    write(found, Path(target, "users.csv"), "accuracy")
+    WORK.plot(
+        found,
+        Path(target, "users.svg"),
+        {"without privacy": ":", "no learning": "--"},
+        xlabel="ε of a customer",
+        ylabel="accuracy on other customers",
+    )
 
 
 if __name__ == "__main__":
