@@ -92,7 +92,7 @@ class PrivateStep:
         self.layouts = Layouts()
         self._plan, self._noise, self._loss_reduction = plan, noise, loss_reduction
         self._world = world or World()
-        self._rule = clipping_rule(plan.clipping, plan.clip_norm, self.parameters)
+        self._rule = self._clipping_rule()
         # Sums are kept divided by the public constant: one pass over the gradients less.
         self._share = 1.0 / plan.expected_batch_size
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -105,6 +105,9 @@ class PrivateStep:
         self._sums: dict[str, Tensor] = {}
         self._buffered_sum: Tensor | None = None
         self._parts: list[ClippedSum] = []
+
+    def _clipping_rule(self) -> ClippingRule:
+        return clipping_rule(self._plan.clipping, self._plan.clip_norm, self.parameters)
 
     # ------------------------------------------------------------------ one micro-batch
     @property
@@ -329,8 +332,9 @@ class PrivateStep:
     def _units(self) -> Units:
         weights = torch.tensor(self._weights)
         scale = float(len(weights)) if self._loss_reduction == "mean" else 1.0
-        units = Units.rows(weights, scale)
-        if self._rows is not None:
+        if self._rows is None:
+            units = Units.rows(weights, scale)
+        else:
             index, sizes = torch.tensor(self._rows.index), torch.tensor(self._rows.sizes)
             units = Units.segments(index, weights * scale, sizes)
         return units.to(next(iter(self.parameters.values())).device)

@@ -16,14 +16,9 @@ from lightning_privacy.step import PrivateStep
 from lightning_privacy.types import one_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
-    from torch import nn
 
-    from lightning_privacy.distributed import World
-    from lightning_privacy.noise.base import NoiseMechanism
-    from lightning_privacy.types import LossReduction
+    from lightning_privacy.clipping.norms import ClippingRule
 
 Mechanism = Literal["clipping", "noise"]
 
@@ -160,38 +155,14 @@ class NoClipping:
 class StudyStep(PrivateStep):
     """A `PrivateStep` without clipping, without noise, or without either. Not private.
 
-    Args:
-        parameters: as in `PrivateStep`.
-        plan: says what is left out.
-        noise: as in `PrivateStep`.
-        loss_reduction: as in `PrivateStep`.
-        local_rate: as in `PrivateStep`.
-        world: as in `PrivateStep`.
+    Its plan, a `StudyPlan`, says what is left out; the other arguments are those of `PrivateStep`.
     """
-
-    def __init__(
-        self,
-        *,
-        parameters: Mapping[str, nn.Parameter],
-        plan: PrivacyPlan,
-        noise: NoiseMechanism,
-        loss_reduction: LossReduction = "mean",
-        local_rate: float = 0.0,
-        world: World | None = None,
-    ) -> None:
-        assert isinstance(plan, StudyPlan)
-        super().__init__(
-            parameters=parameters,
-            plan=plan,
-            noise=noise,
-            loss_reduction=loss_reduction,
-            local_rate=local_rate,
-            world=world,
-        )
-        if "clipping" in plan.without:
-            self._rule = NoClipping()
 
     @property
     def noise_std(self) -> float:
         """Of the plan, not of the rule: without clipping there is no finite sensitivity."""
         return self._plan.noise_std
+
+    def _clipping_rule(self) -> ClippingRule:
+        assert isinstance(self._plan, StudyPlan)
+        return NoClipping() if "clipping" in self._plan.without else super()._clipping_rule()

@@ -200,8 +200,8 @@ def _eager(
         return base(module, query, key, value, mask, **named)
     mask = _cut(mask, key)
     if noise.injection.where == "logits":
-        scale = named.get("scaling") or query.shape[-1] ** -0.5
-        return base(module, query, key, value, logits_bias(noise, query, key, mask, scale), **named)
+        mask = logits_bias(noise, query, key, mask, _scale(query, named))
+        return base(module, query, key, value, mask, **named)
     output, weights = base(module, query, key, value, mask, **named)
     return _with_weights(noise, query, value, mask, output), weights
 
@@ -219,8 +219,7 @@ def _sdpa(
     if mask is None and _is_causal(module, query, named):
         mask = causal(query.shape[2], key.shape[2], query.device)
     if noise.injection.where == "logits":
-        scale = named.get("scaling") or query.shape[-1] ** -0.5
-        mask = logits_bias(noise, query, key, mask, scale)
+        mask = logits_bias(noise, query, key, mask, _scale(query, named))
         return sdpa_attention_forward(module, query, key, value, mask, **named)
     output, _ = sdpa_attention_forward(module, query, key, value, mask, **named)
     return _with_weights(noise, query, value, mask, output), None
@@ -248,7 +247,7 @@ def _flex(
         query,
         key,
         value,
-        scale=named.get("scaling") or query.shape[-1] ** -0.5,
+        scale=_scale(query, named),
         block_mask=mask,
         first_key=getattr(mask, "first_key", None),
         softcap=named.get("softcap"),
@@ -276,6 +275,11 @@ def _warn_dense(noise: LayerNoise) -> None:
         "slow, and memory grows with the square of the length.",
         stacklevel=2,
     )
+
+
+def _scale(query: Tensor, named: dict[str, Any]) -> float:
+    scale: float = named.get("scaling") or query.shape[-1] ** -0.5
+    return scale
 
 
 def _cut(mask: Tensor | None, key: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.callbacks._planning import noise_of
 from lightning_privacy.errors import UnsupportedOperationError
 from lightning_privacy.strategies import require_same
+from lightning_privacy.study import StudyStep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +76,7 @@ def make_step(
         The step.
     """
     parameters, layouts = checked
-    make = run.step_class if settings.study is None else settings.step_type
+    make = run.step_class if settings.study is None else StudyStep
     step = make(
         parameters=parameters,
         plan=plan,

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from lightning_privacy.sampling.loader import check_loader
+from lightning_privacy.sampling.loader import check_loader, rebuilt
 from lightning_privacy.sampling.users import UserIndex
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def with_canaries(dataloader: Any, trainer: Any) -> Any:
             rows, expected = callback.included_rows(dataloader.dataset)
             if expected:
                 dataset = WithCanaries(dataloader.dataset, rows, expected)
-                dataloader = _over(dataloader, dataset)
+                # The order does not matter: private draws replace it.
+                dataloader = rebuilt(dataloader, dataset, {"batch_size": dataloader.batch_size})
     return dataloader
 
 
@@ -120,19 +121,3 @@ def public_size(dataset: Any, size: int) -> int:
     if isinstance(dataset, WithCanaries):
         return size - len(dataset.rows) + dataset.expected
     return size
-
-
-def _over(base: DataLoader[Any], dataset: Dataset[Any]) -> DataLoader[Any]:
-    # The order does not matter: private draws replace it.
-    return DataLoader(
-        dataset,
-        batch_size=base.batch_size,
-        num_workers=base.num_workers,
-        collate_fn=base.collate_fn,
-        pin_memory=base.pin_memory,
-        timeout=base.timeout,
-        worker_init_fn=base.worker_init_fn,
-        multiprocessing_context=base.multiprocessing_context,
-        prefetch_factor=base.prefetch_factor,
-        persistent_workers=base.persistent_workers,
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_privacy.callbacks._attributes import Attributes, remembered, warning_of
 from lightning_privacy.callbacks._probe import ROWS, LossProbe, attributes_kept
@@ -12,7 +13,7 @@ from lightning_privacy.clipping.company import CompanyCheck
 from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.pairs import PairCheck
 from lightning_privacy.clipping.randomness import Draws, preserved_state
-from lightning_privacy.clipping.row_gradients import difference, finite, tolerance_of
+from lightning_privacy.clipping.row_gradients import GradientCheck, difference, finite, tolerance_of
 from lightning_privacy.errors import PrivacyError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from lightning_privacy.callbacks._settings import PrivacySettings
     from lightning_privacy.strategies import PrivateRun
+
+_Check = TypeVar("_Check", bound=GradientCheck)
 
 # Gradients below this share of what clipping resolves are of rows that are learnt already: their
 # relative rounding is large, and their influence small.
@@ -142,7 +145,7 @@ class RowChecks:
         """How much a gradient changes with attributes as before the first step; 0 for rounding."""
         if not names or self._attributes is None:
             return 0.0
-        row, check = probe.rows(1), self._company(probe)
+        row, check = probe.rows(1), self._check(CompanyCheck, probe)
         with attributes_kept(self._module), preserved_state(self._module):
             now = check.gradient(row)
         try:
@@ -173,15 +176,7 @@ class RowChecks:
     def _compare_pair(
         self, probe: LossProbe, pair: Sequence[int], draws: Draws, place: int
     ) -> None:
-        check = PairCheck(
-            module=self._module,
-            parameters=self._parameters,
-            loss_of=probe,
-            layouts=self._layouts,
-            loss_reduction=self._settings.loss_reduction,
-            negligible=self._negligible(),
-            labels=self._run.labels,
-        )
+        check = dataclasses.replace(self._check(PairCheck, probe), labels=self._run.labels)
         try:
             self._in_full_precision(probe, lambda: check.run(pair, draws, place))
         except PrivacyError:
@@ -197,11 +192,11 @@ class RowChecks:
         trained = sum(parameter.numel() for parameter in self._parameters.values())
         if len(rows) <= ROWS or trained >= _LARGE:
             return
-        check = self._company(probe)
+        check = self._check(CompanyCheck, probe)
         self._in_full_precision(probe, lambda: check.run(rows))
 
-    def _company(self, probe: LossProbe) -> CompanyCheck:
-        return CompanyCheck(
+    def _check(self, kind: type[_Check], probe: LossProbe) -> _Check:
+        return kind(
             module=self._module,
             parameters=self._parameters,
             loss_of=probe,

@@ -11,8 +11,6 @@ from lightning_privacy.sampling.users import (
     checked_group_size,
     user_settings_without_users,
 )
-from lightning_privacy.step import PrivateStep
-from lightning_privacy.study import Study, StudyStep
 from lightning_privacy.types import (
     ACCOUNTANT_NAMES,
     CLIPPING_KINDS,
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning_privacy.sampling.users import UserIds
+    from lightning_privacy.study import Study
     from lightning_privacy.tiers import TierPolicy
 
 _NO_EPSILON = "an ε that cannot be computed, or that says nothing"
@@ -82,11 +81,6 @@ class PrivacySettings:
         self._check_sampling()
         self._check_choices()
         self._check_users()
-
-    @property
-    def step_type(self) -> type[PrivateStep]:
-        """What clips and noises: `PrivateStep`, except in a study."""
-        return PrivateStep if self.study is None else StudyStep
 
     def _check_budget(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:

@@ -386,8 +386,7 @@ class DifferentialPrivacy(Callback):
     def _restore(self, state_dict: Mapping[str, Any], directories: list[Path]) -> None:
         # Journal and seal lie where rank 0 can read them; what it charges is charged everywhere.
         journal = self.settings.journal and self._world.is_first
-        if self._world.is_first:
-            self._seal.verify(state_dict)
+        self._seal.verify(state_dict)
         self._state.restore(state_dict, directories, journal)
         self._state.agree(self._world)
 

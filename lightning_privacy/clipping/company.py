@@ -20,6 +20,7 @@ from lightning_privacy.clipping.products import full_precision
 from lightning_privacy.clipping.randomness import preserved_state, steady, without_randomness
 from lightning_privacy.clipping.refusals import dependence
 from lightning_privacy.clipping.row_gradients import (
+    GradientCheck,
     LossOf,
     captured,
     difference,
@@ -31,33 +32,16 @@ from lightning_privacy.clipping.row_gradients import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from lightning_privacy.clipping.layout import Layouts
 
 # Other places in the batch show how much rounding can do; and rounding does no more than this.
 _NOISE_FACTOR, _MOST_NOISE = 5.0, 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CompanyCheck:
-    """Compares the gradients of many rows together with those in two halves.
-
-    Args:
-        module: in training mode, as the training uses it.
-        parameters: the covered parameters by name.
-        loss_of: the training loss of a batch of the given data set rows.
-        layouts: from `learn_layouts`.
-        loss_reduction: ``"mean"`` or ``"sum"`` over rows.
-        negligible: a row's gradient below this norm is compared on that scale, because of rounding.
-    """
-
-    module: nn.Module
-    parameters: Mapping[str, nn.Parameter]
-    loss_of: LossOf
-    layouts: Layouts
-    loss_reduction: str = "mean"
-    negligible: float = 0.0
+class CompanyCheck(GradientCheck):
+    """Compares the gradients of many rows together with those in two halves."""
 
     def run(self, rows: Sequence[int]) -> None:
         """Compare.

@@ -23,6 +23,7 @@ from lightning_privacy.clipping.randomness import (
 )
 from lightning_privacy.clipping.refusals import dependence, memory
 from lightning_privacy.clipping.row_gradients import (
+    GradientCheck,
     LossOf,
     captured,
     difference,
@@ -35,9 +36,8 @@ from lightning_privacy.clipping.row_gradients import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from lightning_privacy.clipping.layout import Layouts
 
 # Rounding beside another row may be this much more than beside a copy.
 _NOISE_FACTOR = 5.0
@@ -57,27 +57,15 @@ class _Batch:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PairCheck:
+class PairCheck(GradientCheck):
     """Compares the gradients of two rows together with those of each alone.
 
     No raw gradient reaches a parameter meanwhile: a row alone is captured, too.
 
     Args:
-        module: in training mode, as the training uses it.
-        parameters: the covered parameters by name.
-        loss_of: the training loss of a batch of the given data set rows.
-        layouts: from `learn_layouts`.
-        loss_reduction: ``"mean"`` or ``"sum"`` over rows.
-        negligible: a gradient below this norm is compared on that scale, because of rounding.
         labels: learns which means over labels every step is to be watched for.
     """
 
-    module: nn.Module
-    parameters: Mapping[str, nn.Parameter]
-    loss_of: LossOf
-    layouts: Layouts
-    loss_reduction: str = "mean"
-    negligible: float = 0.0
     labels: LabelWatch = dataclasses.field(default_factory=LabelWatch)
 
     def run(self, pair: Sequence[int], draws: Draws = Draws.MIDDLE, place: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -31,6 +32,27 @@ _LOW_PRECISION_TOLERANCE = 0.1
 _FLOOR = 1e-3
 # In low precision the kernels for one row and for several round small gradients apart.
 _LOW_PRECISION_FLOOR = 3e-2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GradientCheck:
+    """What a check of rows' gradients compares, and how.
+
+    Args:
+        module: in training mode, as the training uses it.
+        parameters: the covered parameters by name.
+        loss_of: the training loss of a batch of the given data set rows.
+        layouts: from `learn_layouts`.
+        loss_reduction: ``"mean"`` or ``"sum"`` over rows.
+        negligible: a row's gradient below this norm is compared on that scale, because of rounding.
+    """
+
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    loss_of: LossOf
+    layouts: Layouts
+    loss_reduction: str = "mean"
+    negligible: float = 0.0
 
 
 def tolerance_of(parameters: Mapping[str, nn.Parameter], low_precision: bool) -> float:

@@ -25,6 +25,8 @@ from lightning_privacy.types import whole_number
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from torch.utils.data import Dataset
+
     from lightning_privacy.sampling.base import MicroBatch, Sampler
 
 _PLAIN_SAMPLERS = (RandomSampler, SequentialSampler, DistributedSampler)
@@ -80,7 +82,9 @@ class PrivateLoader:
         batch_size = base.batch_sampler.batch_size  # type: ignore[union-attr]
         self._batches = _BatchIndices(sampler, None if whole_draws else batch_size)
         self._generator = torch.Generator()
-        self._loader = _rebuilt(base, self._batches, self._generator)
+        self._loader = rebuilt(
+            base, base.dataset, {"batch_sampler": self._batches, "generator": self._generator}
+        )
         # Weakly: a cycle of references would leave workers to the garbage collector, which lets
         # each of them run into a timeout of five seconds.
         self._epoch: weakref.ref[_Epoch] | None = None
@@ -303,19 +307,28 @@ def _check_samplers(base: DataLoader[Any]) -> None:
         )
 
 
-def _rebuilt(
-    base: DataLoader[Any], batches: _BatchIndices, generator: torch.Generator
+def rebuilt(
+    base: DataLoader[Any], dataset: Dataset[Any], batching: Mapping[str, Any]
 ) -> DataLoader[Any]:
+    """A loader that differs from another one in its data and in how it batches.
+
+    Args:
+        base: The other one.
+        dataset: The data.
+        batching: What `DataLoader` is to be told about batches and their order.
+
+    Returns:
+        The loader, with workers, collate function and the rest of ``base``.
+    """
     return DataLoader(
-        base.dataset,
-        batch_sampler=batches,
+        dataset,
+        **batching,
         num_workers=base.num_workers,
         collate_fn=base.collate_fn,
         pin_memory=base.pin_memory,
         timeout=base.timeout,
         worker_init_fn=base.worker_init_fn,
         multiprocessing_context=base.multiprocessing_context,
-        generator=generator,
         prefetch_factor=base.prefetch_factor,
         persistent_workers=base.persistent_workers,
     )
