@@ -139,7 +139,7 @@ def _epoch(rate: float) -> int:
     # A tiny rate may have no reciprocal at all.
     if rate * sys.maxsize < 2:
         raise ConfigurationError(
-            must=f"an epoch, one over the sample rate, has at most {sys.maxsize // 2} private steps",
+            must=f"one over the sample rate, an epoch, is at most {sys.maxsize // 2} steps",
             found=f"a sample rate of {rate:g}",
             cost="a loader whose length is no number of this machine's",
             remedy="pass the probability with which each unit is drawn in a step",
