@@ -64,7 +64,13 @@ def _attention(
 
     plain = noise is None and mask is None and softcap is None
     output: Tensor = flex_attention(
-        query, key, value, score_mod=None if plain else score_mod, **options
+        query,
+        key,
+        value,
+        score_mod=None if plain else score_mod,
+        # torch's other kernel, for fewer than 128 queries, cannot be built for grouped queries.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+        **options,
     )
     return output
 

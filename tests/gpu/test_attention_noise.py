@@ -25,6 +25,7 @@ pytestmark = [
     # What torch's compiler says of itself.
     pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*TensorFloat32", "ignore:.*Online softmax"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 
 VOCABULARY = 128
@@ -139,7 +140,9 @@ def test_weights_and_logits_equal_the_dense_method(where: Any) -> None:
             injection.after_backward()
         finally:
             remove()
-        assert 0.01 < float(injection_effect(injection, model)) < 1
+        effect = float(injection_effect(injection, model))
+        # A weight is 1/40 on average, and noise of 0.5 many times that.
+        assert 0.01 < effect < (1 if where == "logits" else 50)
         found.append([p.grad.clone() for p in model.parameters()])
     assert relative(found) < 1e-2
 
