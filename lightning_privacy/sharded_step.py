@@ -35,6 +35,7 @@ class ShardedStep(PrivateStep):
     """
 
     buffering = False
+    revisiting = False
 
     def __init__(self, *, shards: Mapping[str, nn.Parameter], **named: Any) -> None:
         super().__init__(**named)
@@ -49,9 +50,9 @@ class ShardedStep(PrivateStep):
         super().begin(weights, units)
         self._to_come = list(self.parameters)
 
-    def end(self) -> None:
+    def end(self, loss: Tensor | None = None) -> None:
         """See `PrivateStep.end`; then take part in the sums to which this rank adds nothing."""
-        super().end()
+        super().end(loss)
         while self._to_come:
             self._scatter(self._to_come.pop(0), None)
 

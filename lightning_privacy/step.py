@@ -30,6 +30,7 @@ from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.norms import ClippingRule, clipping_rule
 from lightning_privacy.clipping.open_unit import OpenUnit
 from lightning_privacy.clipping.probe import learn_layouts
+from lightning_privacy.clipping.revisit import Revisit, large_matrices
 from lightning_privacy.clipping.statistics import Signal, StepStatistics
 from lightning_privacy.clipping.tiers import TieredClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum, sent
@@ -67,8 +68,9 @@ class PrivateStep:
         ConfigurationError: there is no trainable parameter, or one is not a plain parameter.
     """
 
-    backward_passes = 1
     buffering = True
+    # Whether large layers under gradient checkpointing may be left to a second backward.
+    revisiting = True
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class PrivateStep:
         # Sums are kept divided by the public constant: one pass over the gradients less.
         self._share = 1.0 / plan.expected_batch_size
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._large = large_matrices(self.parameters) if self.revisiting else frozenset()
         self._guard = LeakGuard(self.parameters)
         self._capture: Capture | None = None
         self._weights: tuple[float, ...] = ()
@@ -142,22 +145,40 @@ class PrivateStep:
         for parameter in self.parameters.values():
             parameter.grad = None
         self._weights = tuple(weights)
+        left = units is None and self._rule.groups == 1 and bool(self._large)
         capture = Capture(
             self.parameters,
             rows=len(self._weights),
             layouts=self.layouts,
             buffering=self.buffering and self._rule.groups == 1,
+            revisit=Revisit(self._large) if left else None,
         )
         capture.open()
         self._capture = capture
 
-    def arm(self) -> None:
-        """The backward of this micro-batch comes now; gradients computed before are refused."""
-        if self._capture is not None:
-            self._capture.armed = True
+    def arm(self, *, twice: bool = False) -> bool:
+        """The backward of this micro-batch comes now; gradients computed before are refused.
 
-    def end(self) -> None:
-        """After the backward: clip each unit's gradient and add it to the running sum."""
+        Args:
+            twice: whether the caller can keep the graph, and gives the loss to `end`.
+
+        Returns:
+            Whether it has to.
+        """
+        capture = self._capture
+        if capture is None:
+            return False
+        capture.armed = True
+        if capture.revisit is not None and not (twice and capture.revisit.keep_what_fits()):
+            capture.revisit = None
+        return capture.revisit is not None
+
+    def end(self, loss: Tensor | None = None) -> None:
+        """After the backward: clip each unit's gradient and add it to the running sum.
+
+        Args:
+            loss: whose backward is to run once more, if `arm` asked for that.
+        """
         capture = self._capture
         if capture is None:
             raise GuaranteeError(
@@ -167,6 +188,11 @@ class PrivateStep:
                 remedy="call begin before the forward of each micro-batch",
             )
         found = capture.collect()
+        if capture.revisit is not None and loss is not None:
+            part = self._clip(found, self._units(), capture.buffer, capture.revisit.norms())
+            capture.revisit.run(capture.roots(loss), part, self.parameters, self._add)
+            self.abort_micro_batch()
+            return
         self.abort_micro_batch()
         if self._open or (self._rows is not None and self._rows.unfinished):
             self._open.add(found, self.parameters, self._units(), capture.buffer)
@@ -186,15 +212,19 @@ class PrivateStep:
         found: dict[str, list[Contribution]],
         units: Units,
         buffer: RowBuffer | None = None,
-    ) -> None:
+        further: Sequence[Tensor] = (),
+    ) -> ClippedSum:
         rule: ClippingRule = self._rule
         if self._rows is not None and self._rows.clip_shares is not None:
             shares = sent(torch.tensor(self._rows.clip_shares), units.scale.device)
             rule = TieredClipping(rule, shares)
-        part = clipped_sum(found, self.parameters, units, rule, buffer, self._share, self._add)
+        part = clipped_sum(
+            found, self.parameters, units, rule, buffer, self._share, self._add, further
+        )
         if part.buffered is not None and buffer is not None:
             self._add_buffered(buffer.layout, part.buffered)
-        self._parts.append(dataclasses.replace(part, buffered=None))
+        self._parts.append(dataclasses.replace(part, buffered=None, weights=None, excluded=None))
+        return part
 
     def _add(self, name: str, gradient: Tensor) -> None:
         if name in self._sums:

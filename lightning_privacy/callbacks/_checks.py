@@ -108,6 +108,9 @@ class RowChecks:
         loader = self._run.loader
         assert loader is not None
         self._repeated += 1
+        # The step before has used them; the memory is needed for those of the pair.
+        for parameter in self._parameters.values():
+            parameter.grad = None
         with attributes_kept(self._module), preserved_state(self._module):
             probe = LossProbe(self._trainer, loader, self._run, arguments)
             pair = probe.rows(2)

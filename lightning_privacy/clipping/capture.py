@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ from lightning_privacy.clipping.contributions import Contribution, Dense, Lookup
 from lightning_privacy.clipping.copies import RowCopies
 from lightning_privacy.clipping.layout import Layouts, RowDim, default_rows
 from lightning_privacy.clipping.registry import RULES, name_of
+from lightning_privacy.clipping.revisit import recomputed
 from lightning_privacy.clipping.tagging import RowTensor, TaggedParameter
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from lightning_privacy.clipping.revisit import Revisit
 
 _UNKNOWN = object()
 
@@ -70,6 +73,7 @@ class Capture:
         layouts: where the rows lie, from `learn_layouts`; None keeps to "rows come first".
         instantiate: keep per-row gradients always, never the factors of a Gram norm.
         buffering: let the gradients of small parameters lie side by side in a `buffer`.
+        revisit: what may be left to a second backward; None if there is only one.
 
     Raises:
         ConfigurationError: a parameter is not a plain `torch.nn.Parameter`.
@@ -83,10 +87,12 @@ class Capture:
         layouts: Layouts | None = None,
         instantiate: bool = False,
         buffering: bool = False,
+        revisit: Revisit | None = None,
     ) -> None:
         self.rows = rows
         self.layouts = layouts if layouts is not None else Layouts()
         self.instantiate = instantiate
+        self.revisit = revisit
         self.armed = False
         self.slots = {id(p): Slot(name, p) for name, p in parameters.items()}
         for name, parameter in parameters.items():
@@ -96,7 +102,7 @@ class Capture:
         self._copies: dict[tuple[torch.device, torch.dtype, torch.dtype], RowCopies] = {}
         self._anchors: dict[torch.device, Tensor] = {}
         self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._last_input: tuple[Tensor, tuple[int, torch.dtype], Tensor] | None = None
+        self._last_input: tuple[ref[Tensor], tuple[int, torch.dtype], Tensor] | None = None
 
     # ------------------------------------------------------------------ life of a capture
     def open(self) -> None:
@@ -115,6 +121,8 @@ class Capture:
         self._casts.clear()
         self._anchors.clear()
         self._last_input = None
+        if self.revisit is not None:
+            self.revisit.close()
 
     @contextmanager
     def opened(self) -> Iterator[Capture]:
@@ -143,12 +151,21 @@ class Capture:
     # ------------------------------------------------------------------ dispatch
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func``, rewritten if it touches a tagged parameter."""
+        if self.revisit is not None and not self.armed:
+            self._note_uses(self.revisit, (*args, *kwargs.values()))
         rule = RULES.get(func)
         if rule is not None:
             result = rule(self, func, args, kwargs)
             if result is not NotImplemented:
                 return result
         return generic.apply(self, func, args, kwargs)
+
+    def _note_uses(self, revisit: Revisit, values: Iterable[Any]) -> None:
+        for value in values:
+            if type(value) is TaggedParameter:
+                revisit.used(self.slots[id(value)].name)
+            elif isinstance(value, list | tuple):
+                self._note_uses(revisit, value)
 
     def slot(self, value: object) -> Slot | None:
         """The slot of a tagged parameter; None for anything else, and while it is frozen."""
@@ -231,7 +248,10 @@ class Capture:
             if slot is not None and tensor.numel() <= LARGEST:
                 self._cast_small(slot.parameter.device, slot.parameter.dtype, dtype)
             else:
-                self._casts[key] = tensor.detach().to(dtype)
+                cast = tensor.detach().to(dtype)
+                if recomputed():
+                    return cast  # kept, it would be the memory that recomputing saves
+                self._casts[key] = cast
         return self._casts[key]
 
     def _cast_small(self, device: torch.device, old: torch.dtype, new: torch.dtype) -> None:
@@ -259,18 +279,21 @@ class Capture:
             return tensor
         known, last = (tensor._version, dtype), self._last_input
         # A tensor that was written to since is another activation.
-        if last is None or last[0] is not tensor or last[1] != known:
-            last = self._last_input = tensor, known, tensor.to(dtype)
+        if last is None or last[0]() is not tensor or last[1] != known:
+            # Held itself, it would hold a recomputed layer's whole graph.
+            last = self._last_input = ref(tensor), known, tensor.detach().to(dtype)
         return last[2]
 
     # ------------------------------------------------------------------ what backward delivers
     def add_outer(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """Gradient ``left^T right`` per row, in the cheaper of its two forms."""
-        self._require_armed(slot.name)
-        if not self.instantiates(left, left.shape[1], left.shape[2], right.shape[2]):
-            slot.contributions.append(Outer(left.detach(), right.detach()))
+        if not self._wanted(slot.name):
             return
-        self._add_dense(slot, torch.bmm(left.detach().mT, right.detach()))
+        left, right = left.detach(), right.detach()
+        if self.instantiates(left, left.shape[1], left.shape[2], right.shape[2]):
+            self._add_dense(slot, torch.bmm(left.mT, right))
+        elif self.revisit is None or not self.revisit.leave(slot.name, Outer(left, right)):
+            slot.contributions.append(Outer(left, right))
 
     def copy_of(self, slot: Slot, dtype: torch.dtype) -> Tensor | None:
         """``[B, *shape]`` in ``dtype``: a copy per row of a small parameter, a part of the graph.
@@ -306,19 +329,36 @@ class Capture:
 
     def add_lookup(self, slot: Slot, index: Tensor, values: Tensor) -> None:
         """Gradient with ``values`` added at the table rows ``index``."""
-        self._require_armed(slot.name)
-        slot.contributions.append(Lookup(index, values.detach()))
+        if self._wanted(slot.name):
+            slot.contributions.append(Lookup(index, values.detach()))
 
     def add_dense(self, slot: Slot, gradients: Tensor) -> None:
         """Gradients of all rows, ``[B, *shape]``."""
-        self._require_armed(slot.name)
-        self._add_dense(slot, gradients.detach())
+        if self._wanted(slot.name):
+            self._add_dense(slot, gradients.detach())
 
     def _add_dense(self, slot: Slot, gradients: Tensor) -> None:
         gradients = gradients.reshape(self.rows, *slot.parameter.shape)
         if slot.contributions and isinstance(slot.contributions[-1], Dense):
             gradients = slot.contributions.pop().dense(slot.parameter.shape) + gradients
         slot.contributions.append(Dense(gradients))
+
+    def anchor_of(self, slot: Slot | None, x: Tensor, rows: RowDim) -> Tensor:
+        """The `anchor` for one use of a dense layer, its own if it may be left to `revisit`."""
+        own = None
+        if slot is not None and self.revisit is not None and not self.armed:
+            positions, shape = self.positions(x, rows).shape[1], slot.parameter.shape
+            if not self.instantiates(x, positions, *shape):
+                size = self.rows * positions * sum(shape) * x.element_size()
+                own = self.revisit.anchor(slot.name, x.device, size)
+        return self.anchor(x.device) if own is None else own
+
+    def _wanted(self, name: str) -> bool:
+        """Whether a gradient that comes now is new; raises where none may come."""
+        self._require_armed(name)
+        if self.revisit is None or not self.revisit.revisiting:
+            return True
+        return self.revisit.left(name)
 
     def _require_armed(self, name: str) -> None:
         if not self.armed:

@@ -21,7 +21,7 @@ from lightning_privacy.clipping.contributions import (
 from lightning_privacy.clipping.products import full_precision, skips_zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from lightning_privacy.clipping.buffer import RowBuffer
     from lightning_privacy.clipping.norms import ClippingRule
@@ -137,6 +137,8 @@ class ClippedSum:
         nonfinite: ``[U]`` units left out because their gradient was not finite.
         members: ``[U]`` units that count.
         buffered: ``[P]`` the sum for the parameters of the buffer, in the order of its layout.
+        weights: ``[K, U]`` what a unit's gradient was multiplied by.
+        excluded: ``[U]`` units to leave out by selection; None if there are none.
     """
 
     gradients: dict[str, Tensor]
@@ -145,10 +147,12 @@ class ClippedSum:
     nonfinite: Tensor
     members: Tensor
     buffered: Tensor | None = None
+    weights: Tensor | None = None
+    excluded: Tensor | None = None
 
 
 @full_precision()
-def clipped_sum(
+def clipped_sum(  # noqa: PLR0913 - what there is, how to clip it, and where it goes
     found: dict[str, list[Contribution]],
     parameters: Mapping[str, nn.Parameter],
     units: Units,
@@ -156,6 +160,7 @@ def clipped_sum(
     buffer: RowBuffer | None = None,
     share: float = 1.0,
     add: Callable[[str, Tensor], None] | None = None,
+    further: Sequence[Tensor] = (),
 ) -> ClippedSum:
     """Clip each unit's gradient by ``rule`` and add up.
 
@@ -173,13 +178,15 @@ def clipped_sum(
         share: what the sum is multiplied by.
         add: takes each parameter's sum as soon as it is there, so that not all are held at once;
             ``gradients`` is empty then.
+        further: squared norms ``[U]`` of gradients that are not in ``found``, before ``scale``; for
+            units of one row and a rule with one group.
     """
     if buffer is not None:
         found[_BUFFER] = [Dense(buffer.gradients)]
     names = list(found)
     gathered = {name: [units.gathered(item) for item in found.pop(name)] for name in names}
     members, scale = units.members, units.unit_scale
-    by_group = _group_norms(gathered, rule, scale)
+    by_group = _group_norms(gathered, rule, scale, further)
     squared = by_group.sum(0)
     finite = torch.isfinite(squared)
     taken = finite & members
@@ -193,23 +200,28 @@ def clipped_sum(
         else:
             add(name, total)
 
-    _sum_up(gathered, parameters, weights, rule, taken, keep)
+    excluded = _sum_up(gathered, parameters, weights, rule, taken, keep)
     norms = torch.where(taken, squared, 0).sqrt()
     smallest = factors.amin(0) if len(factors) else torch.ones_like(norms)
     buffered = gradients.pop(_BUFFER, None)
-    return ClippedSum(gradients, norms, smallest, ~finite & members, members, buffered)
+    lost = ~finite & members
+    return ClippedSum(gradients, norms, smallest, lost, members, buffered, weights, excluded)
 
 
 def _group_norms(
-    gathered: Mapping[str, list[Contribution]], rule: ClippingRule, scale: Tensor
+    gathered: Mapping[str, list[Contribution]],
+    rule: ClippingRule,
+    scale: Tensor,
+    further: Sequence[Tensor],
 ) -> Tensor:
     """``[K, U]`` squared norms by group."""
     totals = torch.zeros(rule.groups, len(scale), device=scale.device, dtype=scale.dtype)
     by_group: dict[int, dict[str, list[Contribution]]] = {}
     for name, items in gathered.items():
         by_group.setdefault(rule.group_of(name), {})[name] = items
-    for group, members in by_group.items():
-        for norm in squared_norms(members):
+    norms = [(group, squared_norms(members)) for group, members in by_group.items()]
+    for group, of_group in (*norms, (0, further)):
+        for norm in of_group:
             totals = totals.to(torch.promote_types(totals.dtype, norm.dtype))
             totals[group] += norm
     return totals * scale.to(totals.dtype).square()
@@ -222,11 +234,14 @@ def _sum_up(
     rule: ClippingRule,
     taken: Tensor,
     keep: Callable[[str, Tensor], None],
-) -> None:
+) -> Tensor | None:
     """``keep`` the weighted sums in order, with exact zeros for units that are not ``taken [U]``.
 
     Whether all units are taken has to be known before most sums, and to learn it is to wait for a
     GPU. So it is given the first few before, which are done again in the rare other case.
+
+    Returns:
+        Units to leave out; None if it is known that there are none.
     """
 
     def total(name: str, items: list[Contribution]) -> Tensor:
@@ -246,6 +261,7 @@ def _sum_up(
             items = [item.without(excluded) for item in items]
         known = ahead.pop(name, None) if ahead else None
         keep(name, total(name, items) if known is None else known)
+    return ~taken if ahead is None else excluded
 
 
 def _skips_zeros(item: Contribution) -> bool:

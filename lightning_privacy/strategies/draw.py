@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_privacy.strategies.refusals import second_backward
@@ -26,22 +27,26 @@ class Draw:
         self.weights: Sequence[float] = ()
         self.units: UnitRows | None = None
 
-    def before_backward(self, step: PrivateStep) -> None:
-        """Refuse, or make room for, another backward on the same draw.
+    def before_backward(self, step: PrivateStep, module: LightningModule) -> bool:
+        """Refuse, or make room for, another backward on the same draw; and arm the step for it.
 
         Args:
             step: The private step, whose running sums may have to go.
+            module: Whose backward it is.
+
+        Returns:
+            Whether the backward has to keep its graph.
 
         Raises:
             UnsupportedOperationError: The sums of the backward before were not released yet.
         """
-        if not self.manual:
-            return
-        if self.unreleased:
+        if self.manual and self.unreleased:
             raise second_backward()
-        if self.releases:
+        if self.manual and self.releases:
             # Otherwise what the first loss left for other optimizers would be in the sum as well.
             step.discard()
+        # A backward of the module's own may not know how to keep one.
+        return step.arm(twice=type(module).backward is LightningModule.backward)
 
     def after_backward(self) -> None:
         """Note that there are sums to be released."""

@@ -187,10 +187,10 @@ class PrivateRun:
             raise LossReached
         step = self._step()
         with self._restoring(), torch.compiler.set_stance("force_eager"):
-            self._draw.before_backward(step)
-            step.arm()
+            if twice := self._draw.before_backward(step, self.module):
+                named |= {"retain_graph": True}
             result = ordinary(loss, *arguments, **named)
-            step.end()
+            step.end(loss if twice else None)
             self._draw.after_backward()
             return result
 

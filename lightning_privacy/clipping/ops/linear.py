@@ -25,8 +25,6 @@ class _Site:
     capture: Capture
     weight: Slot | None
     bias: Slot | None
-    plain_weight: Tensor
-    plain_bias: Tensor | None
     rows: RowDim
     transposed: bool
 
@@ -41,29 +39,30 @@ class _Site:
         if self.bias is not None:
             capture.add_dense(self.bias, grad.sum(1))
 
-    @property
-    def matrix(self) -> Tensor:
+    def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[out, in]``."""
-        return self.plain_weight.t() if self.transposed else self.plain_weight
+        return weight.t() if self.transposed else weight
 
 
 class _Dense(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, site: _Site) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, site: _Site
+    ) -> Tensor:
         ctx.site, ctx.dtype = site, x.dtype
-        x = site.capture.cast_input(x, site.plain_weight.dtype)
-        ctx.save_for_backward(x)
-        return F.linear(x, site.matrix, site.plain_bias)
+        x = site.capture.cast_input(x, weight.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, site.matrix(weight), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         site: _Site = ctx.site
-        (x,) = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         site.record(x, grad)
         if not ctx.needs_input_grad[0]:
-            return None, None, None
-        return (grad @ site.matrix).to(ctx.dtype), None, None
+            return None, None, None, None, None
+        return (grad @ site.matrix(weight)).to(ctx.dtype), None, None, None, None
 
 
 @operation(F.linear)
@@ -114,11 +113,10 @@ def _dense(
         result = _by_copies(capture, x, weight_slot, bias_slot, rows, dtype, transposed)
         if result is not None:
             return result
+    plain_weight = capture.cast(weight, dtype)
     plain_bias = None if bias is None else capture.cast(bias, dtype)
-    site = _Site(
-        capture, weight_slot, bias_slot, capture.cast(weight, dtype), plain_bias, rows, transposed
-    )
-    return apply(_Dense, x, capture.anchor(x.device), site)
+    site = _Site(capture, weight_slot, bias_slot, rows, transposed)
+    return apply(_Dense, x, capture.anchor_of(weight_slot, x, rows), plain_weight, plain_bias, site)
 
 
 def _by_copies(

@@ -1,0 +1,212 @@
+"""Large layers whose activations are computed again: norms in one backward, sums in another.
+
+Under gradient checkpointing an activation is there for a moment only, but a clipped sum needs the
+factors of every layer's gradient (Li et al. 2022, arXiv 2110.05679, section 4) until all norms are
+known. To keep them takes back half of what checkpointing gave. As far as a GPU has no room for
+that, layers give their norms and let their factors go: those that a backward meets first. A second
+backward, which goes no deeper than these layers, brings the factors once more, and each is weighted
+and added up at once.
+
+Legend: ``B`` rows, each of which is a unit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_privacy.clipping.buffer import LARGEST
+from lightning_privacy.clipping.contributions import Outer, outer_norm
+from lightning_privacy.clipping.products import full_precision
+from lightning_privacy.errors import GuaranteeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from lightning_privacy.clipping.units import ClippedSum
+
+# Free memory for each byte of factors that is kept: sums and a layer's activations need some, too.
+_ROOM = 1.5
+# The second backward repeats the first up to the order of sums: a norm may grow by that much.
+_TOLERANCE = 0.05
+
+
+def large_matrices(parameters: Mapping[str, nn.Parameter]) -> frozenset[str]:
+    """Names of the parameters whose factors are worth a second backward."""
+    return frozenset(n for n, p in parameters.items() if p.dim() == 2 and p.numel() > LARGEST)
+
+
+def recomputed() -> bool:
+    """Whether what a forward saves now is dropped, and computed again by every backward."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def room(device: torch.device) -> float:
+    """Bytes that can still be allocated; infinite on the CPU, whose memory nobody counts."""
+    if device.type != "cuda":
+        return float("inf")
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    cap = total * torch.cuda.get_per_process_memory_fraction(device)
+    return float(min(free, cap - reserved) + reserved - torch.cuda.memory_allocated(device))
+
+
+class Revisit:
+    """What one micro-batch leaves to a second backward. For rows that are clipped as a whole.
+
+    Args:
+        names: the parameters that may be left.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names, self._used = names, set[str]()
+        self._anchors: dict[str, Tensor] = {}
+        self._sizes: dict[str, int] = {}
+        self._pending: list[tuple[str, Outer]] = []
+        self._norms: dict[tuple[str, ...], Tensor] = {}
+        self._first: dict[tuple[str, ...], Tensor] = {}
+        self._take: Callable[[str, Outer], None] | None = None
+
+    # ------------------------------------------------------------------ forward
+    def anchor(self, name: str, device: torch.device, size: int) -> Tensor | None:
+        """A leaf for this parameter's use; None where its factors are kept.
+
+        The second backward goes as deep as there are leaves.
+
+        Args:
+            name: of the parameter.
+            device: where it is.
+            size: of its factors, in bytes.
+        """
+        if name not in self._names or not recomputed():
+            return None
+        self._sizes[name] = size
+        return self._anchors.setdefault(name, torch.zeros((), device=device, requires_grad=True))
+
+    def used(self, name: str) -> None:
+        """Keep the factors of what is used a second time: a sum's norm is not that of its parts."""
+        if name in self._used:
+            self._anchors.pop(name, None)
+            self._names -= {name}
+        self._used.add(name)
+
+    def keep_what_fits(self) -> bool:
+        """After the forward: keep factors as far as there is room, from the first layer on.
+
+        Returns:
+            Whether others are left.
+        """
+        left = [room(leaf.device) for leaf in [*self._anchors.values()][:1]]
+        for name in [*self._anchors]:
+            left[0] -= _ROOM * self._sizes[name]
+            if left[0] < 0:
+                break
+            del self._anchors[name]
+        return bool(self._anchors)
+
+    # ------------------------------------------------------------------ both backwards
+    def left(self, name: str) -> bool:
+        """Whether this parameter's factors come in the second backward."""
+        return name in self._anchors
+
+    def leave(self, name: str, outer: Outer) -> bool:
+        """Take the norm of these factors, which the caller then lets go; False if it keeps them."""
+        if not self.left(name):
+            return False
+        if self._take is not None:
+            with full_precision():
+                self._take(name, outer)
+        # Layers that read the same input (queries, keys and values) share its Gram matrix.
+        if self._pending and not _same(self._pending[-1][1].right, outer.right):
+            self._settle()
+        self._pending.append((name, outer))
+        return True
+
+    def _settle(self) -> None:
+        if self._pending:
+            names = tuple(name for name, _ in self._pending)
+            lefts = [outer.left for _, outer in self._pending]
+            with full_precision():
+                self._norms[names] = outer_norm(lefts, self._pending[0][1].right)
+        self._pending.clear()
+
+    def norms(self) -> list[Tensor]:
+        """Squared norms ``[B]`` over parts of what was left."""
+        self._settle()
+        return list(self._norms.values())
+
+    # ------------------------------------------------------------------ second backward
+    @property
+    def revisiting(self) -> bool:
+        """Whether the second backward runs: what was not left is there already."""
+        return self._take is not None
+
+    def run(
+        self,
+        roots: Any,
+        clipped: ClippedSum,
+        parameters: Mapping[str, nn.Parameter],
+        add: Callable[[str, Tensor], None],
+    ) -> None:
+        """Run the second backward and add up what it brings, with the weights of the first.
+
+        Args:
+            roots: where the backward starts; their graph was kept.
+            clipped: the clipped sum of everything else, by the norms of everything.
+            parameters: the covered parameters by name.
+            add: takes each parameter's sum.
+
+        Raises:
+            GuaranteeError: the second backward brought other gradients than the first.
+        """
+        weights, excluded = clipped.weights, clipped.excluded
+        assert weights is not None
+
+        def take(name: str, outer: Outer) -> None:
+            if excluded is not None:
+                outer = outer.without(excluded)
+            add(name, outer.weighted_sum(weights[0], parameters[name].shape))
+
+        self._first, self._norms, self._take = self._norms, {}, take
+        try:
+            torch.autograd.backward(roots, inputs=list(self._anchors.values()))
+            self._settle()
+        finally:
+            self._take = None
+        if self._first.keys() != self._norms.keys() or not self._as_before():
+            raise _unlike()
+
+    def _as_before(self) -> bool:
+        first = torch.stack(list(self._first.values()))
+        again = torch.stack([self._norms[names] for names in self._first])
+        # A unit whose first norm is not finite adds nothing, whatever comes now.
+        return bool(((again <= (1 + _TOLERANCE) * first) | ~torch.isfinite(first)).all())
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for held in (self._anchors, self._pending, self._norms, self._first):
+            held.clear()
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return (
+        first.data_ptr() == second.data_ptr()
+        and first.shape == second.shape
+        and first.stride() == second.stride()
+    )
+
+
+def _unlike() -> GuaranteeError:
+    return GuaranteeError(
+        must="a second backward over the same graph brings the same gradients",
+        found="larger gradients, or others: a hook or a function of autograd changes them at "
+        "random, or counts its calls",
+        cost="what is added up would not be what was clipped",
+        remedy="take that hook away; or train without gradient checkpointing, which needs one "
+        "backward",
+    )
