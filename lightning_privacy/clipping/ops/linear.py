@@ -72,6 +72,10 @@ def linear(
 ) -> Any:
     """``x W^T + b``."""
     x, weight, bias = args if len(args) == 3 else _bind(("input", "weight", "bias"), args, kwargs)
+    if bias is None and type(x) is Tensor:
+        matrix = capture.product(x, weight, _computed_in(x))
+        if matrix is not None:
+            return torch.bmm(x, matrix)
     return _dense(capture, func, x, weight, bias, transposed=False)
 
 
@@ -108,8 +112,7 @@ def _dense(
     rows = capture.rows_of(slot.name, func, x)
     if rows is None or rows.dim == x.dim() - 1:
         return NotImplemented
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = _computed_in(x)
     if weight_slot is not None and not rows.dim and (bias is None or bias_slot is not None):
         result = _by_copies(capture, x, weight_slot, bias_slot, rows, dtype, transposed)
         if result is not None:
@@ -119,6 +122,11 @@ def _dense(
         capture, weight_slot, bias_slot, capture.cast(weight, dtype), plain_bias, rows, transposed
     )
     return apply(_Dense, x, capture.anchor(x.device), site)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _by_copies(
@@ -137,7 +145,9 @@ def _by_copies(
     matrix = capture.copy_of(weight, dtype)
     if matrix is None:
         return None
-    if not transposed:
+    if by_row is x and not transposed:
+        capture.note_product(x, weight, dtype)
+    if transposed:
         matrix = matrix.mT
     if bias is None:
         result = torch.bmm(by_row, matrix)
