@@ -82,9 +82,7 @@ def test_gradients_equal_the_loop_with_and_without_checkpointing(
 # In bfloat16 one row alone goes through other kernels than in a batch, and each rounds to 8 bits.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_four_bit_base_with_lora(
-    checkpointing: bool, dtype: torch.dtype, bound: float
-) -> None:
+def test_a_four_bit_base_with_lora(checkpointing: bool, dtype: torch.dtype, bound: float) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
