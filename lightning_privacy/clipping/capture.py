@@ -101,6 +101,7 @@ class Capture:
         self._buffering = buffering
         self._copies: dict[tuple[torch.device, torch.dtype, torch.dtype], RowCopies] = {}
         self._anchors: dict[torch.device, Tensor] = {}
+        self._matrices: dict[tuple[str, torch.dtype], Tensor] = {}
         self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
         self._last_input: tuple[ref[Tensor], tuple[int, torch.dtype], Tensor] | None = None
 
@@ -118,6 +119,7 @@ class Capture:
                 slot.parameter.__class__ = nn.Parameter
         for copies in self._copies.values():
             copies.close()
+        self._matrices.clear()
         self._casts.clear()
         self._anchors.clear()
         self._last_input = None
@@ -298,6 +300,8 @@ class Capture:
     def copy_of(self, slot: Slot, dtype: torch.dtype) -> Tensor | None:
         """``[B, *shape]`` in ``dtype``: a copy per row of a small parameter, a part of the graph.
 
+        That of a matrix is transposed.
+
         None for a large one, and where gradients are not to lie in a buffer.
         """
         parameter = slot.parameter
@@ -315,6 +319,31 @@ class Capture:
                 admit=self._require_armed,
             )
         return self._copies[kind][slot.name]
+
+    def note_product(self, x: Tensor, slot: Slot, dtype: torch.dtype) -> None:
+        """A use of ``slot`` turned out to be the product of ``x [B, M, in]`` with its copies."""
+        if self._buffering:
+            self.layouts.products.add((slot.name, x.shape, dtype, self.rows))
+
+    def product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The copies that ``x`` is to be multiplied by, where the same use was noted before.
+
+        A forward of a large model comes here hundreds of times, again where it is recomputed, and
+        a GPU with few rows waits for it.
+        """
+        slot = self.slots.get(id(weight))
+        if (
+            slot is None
+            or (slot.name, x.shape, dtype, self.rows) not in self.layouts.products
+            or not weight.requires_grad
+        ):
+            return None
+        matrix = self._matrices.get((slot.name, dtype))
+        if matrix is None:
+            matrix = self.copy_of(slot, dtype)
+            if matrix is not None:
+                self._matrices[slot.name, dtype] = matrix
+        return matrix
 
     def instantiates(self, like: Tensor, positions: int, a: int, b: int) -> bool:
         """Whether a sum of ``positions`` outer products of ``a`` by ``b`` is kept as it is.

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 class RowCopies:
     """Copies ``[B, *shape]`` without memory of their own, and the gradients that came for them.
 
+    Those of a matrix are transposed, ``[B, in, out]``: as a dense layer uses it, without a node of
+    the graph for each use.
+
     Args:
         values: the parameters' values by name, detached, of one type and device.
         rows: number of rows ``B``.
@@ -46,7 +49,7 @@ class RowCopies:
         self._copies: dict[str, Tensor] = dict(zip(self._names, copies, strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
-        """``[B, *shape]``, a part of the graph."""
+        """``[B, *shape]``, of a matrix ``[B, in, out]``; a part of the graph."""
         return self._copies[name]
 
     def deliver(self, gradients: tuple[Tensor | None, ...]) -> None:
@@ -64,7 +67,8 @@ class RowCopies:
 
     def take(self, name: str) -> Tensor | None:
         """``[B, *shape]``: the gradient of one parameter, which is then no longer here."""
-        return self._gradients.pop(name, None)
+        gradient = self._gradients.pop(name, None)
+        return None if gradient is None else _upright(gradient)
 
     def joined(self) -> RowBuffer | None:
         """All gradients side by side; they are then no longer here. None if there are none."""
@@ -72,11 +76,10 @@ class RowCopies:
         if not found:
             return None
         # In the parameters' order, whatever order they came in: a sum may depend on it.
-        names = [name for name in self._names if name in found]
-        layout = BufferLayout(
-            {name: found[name].shape[1:] for name in names}, found[names[0]].dtype
-        )
-        return RowBuffer(layout, torch.cat([found[name].flatten(1) for name in names], 1))
+        own = {name: _upright(found[name]) for name in self._names if name in found}
+        shapes = {name: gradient.shape[1:] for name, gradient in own.items()}
+        rows = torch.cat([gradient.flatten(1) for gradient in own.values()], 1)
+        return RowBuffer(BufferLayout(shapes, rows.dtype), rows)
 
     def close(self) -> None:
         """Let go of the graph, which holds this object; gradients that came stay, others go."""
@@ -89,10 +92,16 @@ class _HandOut(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, owner: RowCopies, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.owner, ctx.inputs = owner, 2 + len(values)
         ctx.set_materialize_grads(False)
-        return tuple(value.expand(owner.rows, *value.shape) for value in values)
+        copies = (value.expand(owner.rows, *value.shape) for value in values)
+        return tuple(map(_upright, copies))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
         owner: RowCopies = ctx.owner
         owner.deliver(tuple(None if g is None else g.detach() for g in gradients))
         return (None,) * int(ctx.inputs)
+
+
+def _upright(copies: Tensor) -> Tensor:
+    """``[B, in, out]`` as ``[B, out, in]``, and the reverse; what is no matrix as it is."""
+    return copies.mT if copies.dim() == 3 else copies

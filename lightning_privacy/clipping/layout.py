@@ -77,10 +77,13 @@ class Layouts:
 
     Attributes:
         places: where rows were found to lie, by a caller's own key, so as not to search again.
+        products: uses of dense layers that are products with copies of the weight, by the
+            capture's own key.
     """
 
     def __init__(self) -> None:
         self.places: dict[object, RowDim | None] = {}
+        self.products: set[object] = set()
         self._known: dict[object, list[Signature]] = {}
 
     def __eq__(self, other: object) -> bool:

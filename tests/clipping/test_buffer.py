@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_privacy.clipping.buffer import BufferLayout
 from lightning_privacy.clipping.capture import Capture
+from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.norms import FlatClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum
 from lightning_privacy.errors import UnsupportedOperationError
@@ -43,8 +44,9 @@ class Net(nn.Module):
         return hidden if self.mode == "not at all" else self.second(hidden)
 
 
-def capture_of(model: nn.Module, x: Tensor) -> Capture:
-    capture = Capture(dict(model.named_parameters()), rows=len(x), buffering=True)
+def capture_of(model: nn.Module, x: Tensor, layouts: Layouts | None = None) -> Capture:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    capture = Capture(parameters, rows=len(x), layouts=layouts, buffering=True)
     with capture.opened():
         loss = squares(model, x)
         capture.armed = True
@@ -174,3 +176,40 @@ def test_a_gradient_before_the_backward_is_refused() -> None:
         loss = squares(model, x)
         with pytest.raises(UnsupportedOperationError, match="the step's own backward"):
             loss.backward()
+
+
+@pytest.mark.parametrize("change", ["nothing", "fewer rows", "bfloat16", "values", "frozen"])
+def test_what_is_known_of_a_use_holds_for_that_use_only(change: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Tanh(), nn.Linear(3, 4, bias=False))
+    x, layouts = numbers(B, 6, 4), Layouts()
+    capture_of(model, x, layouts)
+    assert layouts.products
+    if change == "fewer rows":
+        x = x[:2]
+    if change == "values":
+        model[0].weight.data.mul_(2)
+    if change == "frozen":
+        model[2].weight.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "bfloat16"):
+        found, expected = capture_of(model, x, layouts), capture_of(model, x)
+    found.collect()
+    expected.collect()
+    assert found.buffer is not None
+    assert expected.buffer is not None
+    assert found.buffer.layout == expected.buffer.layout
+    assert torch.equal(found.buffer.gradients, expected.buffer.gradients)
+
+
+def test_a_known_use_of_a_parameter_that_is_frozen_in_between_gives_it_no_gradient() -> None:
+    layer, x, layouts = nn.Linear(4, 3, bias=False), numbers(B, 6, 4), Layouts()
+    capture_of(layer, x, layouts)
+    capture = Capture({"weight": layer.weight}, rows=B, layouts=layouts, buffering=True)
+    with capture.opened():
+        layer.weight.requires_grad_(False)
+        loss = squares(layer, x.clone().requires_grad_())
+        capture.armed = True
+        loss.backward()
+        layer.weight.requires_grad_(True)
+    assert not capture.collect()
+    assert capture.buffer is None

@@ -79,8 +79,10 @@ def test_gradients_equal_the_loop_with_and_without_checkpointing(
     assert relative_error(found, one_at_a_time(model, token_ids())) < 1e-5
 
 
+# In bfloat16 one row alone goes through other kernels than in a batch, and each rounds to 8 bits.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_four_bit_base_with_lora(checkpointing: bool) -> None:
+def test_a_four_bit_base_with_lora(checkpointing: bool, dtype: torch.dtype, bound: float) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -103,7 +105,7 @@ def test_a_four_bit_base_with_lora(checkpointing: bool) -> None:
     model = peft.get_peft_model(model, config).cuda().train()
 
     def loss(module: nn.Module, ids: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
             return language_loss(module, ids)
 
     found = per_example_gradients(model, loss, token_ids())
@@ -113,7 +115,7 @@ def test_a_four_bit_base_with_lora(checkpointing: bool) -> None:
         loss(model, token_ids()[row : row + 1]).backward()
         rows.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
     expected = {name: torch.stack([own[name] for own in rows]) for name in rows[0]}
-    assert relative_error(found, expected) < 5e-2
+    assert relative_error(found, expected) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -71,6 +71,10 @@ def linear(
 ) -> Any:
     """``x W^T + b``."""
     x, weight, bias = args if len(args) == 3 else _bind(("input", "weight", "bias"), args, kwargs)
+    if bias is None and type(x) is Tensor:
+        matrix = capture.product(x, weight, _computed_in(x))
+        if matrix is not None:
+            return torch.bmm(x, matrix)
     return _dense(capture, func, x, weight, bias, transposed=False)
 
 
@@ -107,8 +111,7 @@ def _dense(
     rows = capture.rows_of(slot.name, func, x)
     if rows is None or rows.dim == x.dim() - 1:
         return NotImplemented
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = _computed_in(x)
     if weight_slot is not None and not rows.dim and (bias is None or bias_slot is not None):
         result = _by_copies(capture, x, weight_slot, bias_slot, rows, dtype, transposed)
         if result is not None:
@@ -117,6 +120,11 @@ def _dense(
     plain_bias = None if bias is None else capture.cast(bias, dtype)
     site = _Site(capture, weight_slot, bias_slot, rows, transposed)
     return apply(_Dense, x, capture.anchor_of(weight_slot, x, rows), plain_weight, plain_bias, site)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _by_copies(
@@ -135,7 +143,9 @@ def _by_copies(
     matrix = capture.copy_of(weight, dtype)
     if matrix is None:
         return None
-    if not transposed:
+    if by_row is x and not transposed:
+        capture.note_product(x, weight, dtype)
+    if transposed:
         matrix = matrix.mT
     if bias is None:
         result = torch.bmm(by_row, matrix)
