@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # A larger gradient is worth its own launches, and is better freed on its own.
 LARGEST = 2**20
+# On the CPU nothing is launched, and bringing gradients together is a copy.
+LARGEST_ON_CPU = 2**15
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_privacy.clipping import generic, tagging
-from lightning_privacy.clipping.buffer import LARGEST, RowBuffer
+from lightning_privacy.clipping.buffer import LARGEST, LARGEST_ON_CPU, RowBuffer
 from lightning_privacy.clipping.contributions import Contribution, Dense, Lookup, Outer, combine
 from lightning_privacy.clipping.copies import RowCopies
 from lightning_privacy.clipping.layout import Layouts, RowDim, default_rows
@@ -292,7 +292,7 @@ class Capture:
         if not self._wanted(slot.name):
             return
         left, right = left.detach(), right.detach()
-        if self.instantiates(left, left.shape[1], left.shape[2], right.shape[2]):
+        if self.instantiates(left.shape[1], left.shape[2], right.shape[2]):
             self._add_dense(slot, torch.bmm(left.mT, right))
         elif self.revisit is None or not self.revisit.leave(slot.name, Outer(left, right)):
             slot.contributions.append(Outer(left, right))
@@ -305,7 +305,8 @@ class Capture:
         None for a large one, and where gradients are not to lie in a buffer.
         """
         parameter = slot.parameter
-        if not self._buffering or parameter.numel() > LARGEST:
+        largest = LARGEST_ON_CPU if parameter.device.type == "cpu" else LARGEST
+        if not self._buffering or parameter.numel() > largest:
             return None
         kind = parameter.device, parameter.dtype, dtype
         if kind not in self._copies:
@@ -345,16 +346,14 @@ class Capture:
                 self._matrices[slot.name, dtype] = matrix
         return matrix
 
-    def instantiates(self, like: Tensor, positions: int, a: int, b: int) -> bool:
+    def instantiates(self, positions: int, a: int, b: int) -> bool:
         """Whether a sum of ``positions`` outer products of ``a`` by ``b`` is kept as it is.
 
         Instantiated it takes ``a b`` numbers per row and no further product; as factors it takes
         ``positions (a + b)`` and a Gram product now and a weighted one later. The factors are kept
-        when they are the smaller form; on the CPU, where memory costs more than products, also
-        when they are up to twice as large.
+        when they are the smaller form.
         """
-        allowance = 1.0 if like.is_cuda else 0.5
-        return self.instantiate or a * b <= allowance * positions * (a + b)
+        return self.instantiate or a * b <= positions * (a + b)
 
     def add_lookup(self, slot: Slot, index: Tensor, values: Tensor) -> None:
         """Gradient with ``values`` added at the table rows ``index``."""
@@ -377,7 +376,7 @@ class Capture:
         own = None
         if slot is not None and self.revisit is not None and not self.armed:
             positions, shape = self.positions(x, rows).shape[1], slot.parameter.shape
-            if not self.instantiates(x, positions, *shape):
+            if not self.instantiates(positions, *shape):
                 size = self.rows * positions * sum(shape) * x.element_size()
                 own = self.revisit.anchor(slot.name, x.device, size)
         return self.anchor(x.device) if own is None else own

@@ -67,13 +67,14 @@ def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor
     product = right.new_zeros(right.shape[0], dtype=accumulation_dtype(right.dtype))
     largest = torch.zeros_like(product)
     for start in range(0, positions, block):
-        rows, before = slice(start, start + block), slice(0, start)
-        own = _gram(lefts, rows, rows), _gram([right], rows, rows)
-        product += _dot(*own)
-        diagonals = [gram.diagonal(dim1=1, dim2=2).clamp_min(0) for gram in own]
-        largest += (diagonals[0] * diagonals[1]).sqrt().sum(1)
+        # Rows of the lower triangle: what lies before the diagonal block stands for both halves.
+        rows, until = slice(start, start + block), slice(0, start + block)
+        own = _gram(lefts, rows, until), _gram([right], rows, until)
+        squares = [part[:, :, start:].diagonal(dim1=1, dim2=2).clamp_min(0) for part in own]
+        largest += (squares[0] * squares[1]).sqrt().sum(1)
         if start:
-            product += 2 * _dot(_gram(lefts, rows, before), _gram([right], rows, before))
+            own[0][:, :, start:].mul_(0.5)
+        product += (2 if start else 1) * _dot(*own)
     return product, largest
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,17 +81,9 @@ class _Site:
             capture.add_dense(self.bias, by_row.flatten(3).sum((1, 3)))
         if self.weight is None:
             return
-        positions = by_row.shape[1] * math.prod(by_row.shape[3:])
-        height, width = self.plain_weight.shape[0], self.plain_weight[0].numel()
-        if not x.is_cuda and capture.instantiates(x, positions, height, width):
-            # The CPU's own kernel for one example is faster than a product over copied windows.
-            images = zip(capture.by_row(x, self.rows), by_row, strict=True)
-            own = [self.gradients(*one, [False, True, False])[1] for one in images]
-            capture.add_dense(self.weight, torch.stack(own))
-            return
-        patches = self.patches(x, grad.shape[2:])  # [N, G, L, C/G * kernel]
-        left = grad.unflatten(1, (self.groups, -1)).flatten(3).mT  # [N, G, L, O/G]
-        left, right = (capture.by_row(tensor, self.rows) for tensor in (left, patches))
+        patches = self.patches(x, grad.shape[2:])  # [N, G, C/G * kernel, L]
+        left = grad.unflatten(1, (self.groups, -1)).flatten(3)  # [N, G, O/G, L]
+        left, right = (capture.by_row(tensor.mT, self.rows) for tensor in (left, patches))
         left, right = (tensor.transpose(1, 2).flatten(2, 3) for tensor in (left, right))
         if self.groups == 1:
             capture.add_outer(self.weight, left[:, 0], right[:, 0])
@@ -100,24 +91,29 @@ class _Site:
             capture.add_dense(self.weight, torch.matmul(left.mT, right))
 
     def patches(self, x: Tensor, out: torch.Size) -> Tensor:
-        """The window under each output position, ``[N, groups, positions, C/groups * kernel]``."""
+        """The window under each output position, ``[N, groups, C/groups * kernel, positions]``.
+
+        On the CPU positions lie side by side in memory, as in ``x``: that is the faster copy.
+        """
         kernel = self.plain_weight.shape[2:]
         pads = [pad for size in reversed(self.padding) for pad in (size, size)]
         x = F.pad(x, pads).unflatten(1, (self.groups, -1))  # [N, G, C/G, *size]
         strides = x.stride()
         spatial = strides[3:]
         view = x.as_strided(
-            (x.shape[0], self.groups, *out, x.shape[2], *kernel),
+            (*x.shape[:3], *kernel, *out),
             (
-                *strides[:2],
-                *(s * step for s, step in zip(spatial, self.stride, strict=True)),
-                strides[2],
+                *strides[:3],
                 *(s * step for s, step in zip(spatial, self.dilation, strict=True)),
+                *(s * step for s, step in zip(spatial, self.stride, strict=True)),
             ),
             x.storage_offset(),
         )
-        last = 2 + len(out)
-        return view.flatten(last).flatten(2, last - 1)
+        if not x.is_cuda:
+            return view.flatten(3 + len(kernel)).flatten(2, -2)
+        last = view.dim() - len(out)
+        by_position = view.movedim(list(range(last, view.dim())), list(range(2, 2 + len(out))))
+        return by_position.flatten(2 + len(out)).flatten(2, -2).mT
 
 
 class _Convolution(torch.autograd.Function):

@@ -138,7 +138,7 @@ def _by_copies(
 ) -> Tensor | None:
     """With a copy of the weight per row, where each row's gradient is to be in memory anyway."""
     by_row = capture.positions(x, rows)
-    if not capture.instantiates(x, by_row.shape[1], *weight.parameter.shape):
+    if not capture.instantiates(by_row.shape[1], *weight.parameter.shape):
         return None
     matrix = capture.copy_of(weight, dtype)
     if matrix is None:
