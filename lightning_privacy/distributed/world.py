@@ -248,13 +248,18 @@ class World:
 
     # ------------------------------------------------------------------ sums
     @property
+    def noise_parts(self) -> int:
+        """How many ranks' noise adds up in one coordinate: all R."""
+        return self.size
+
+    @property
     def noise_share(self) -> float:
-        """Each rank's share of the standard deviation, 1/sqrt(R).
+        """Each rank's share of the standard deviation, 1/sqrt(R) for R parts.
 
         R independent normal values of standard deviation s/sqrt(R) add up to one of s: noise is in
         the sum once, and each rank knows a part of it only.
         """
-        return 1 / math.sqrt(self.size)
+        return 1 / math.sqrt(self.noise_parts)
 
     def summed(self, parts: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
         """Add up tensors over all ranks, in place, while the next ones are prepared.
