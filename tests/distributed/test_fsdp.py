@@ -76,16 +76,45 @@ def test_validation_comes_between(processes, tmp_path) -> None:
     require_equal(sharded.with_validation, processes, tmp_path)
 
 
-@pytest.mark.slow
-def test_a_base_in_four_bits_stays_whole(processes, tmp_path) -> None:
+@pytest.mark.parametrize("twice", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_base_in_four_bits_is_sharded_bit_by_bit(processes, tmp_path, twice) -> None:
     pytest.importorskip("bitsandbytes")
-    one = sharded.quantised(str(tmp_path), 1)
-    first, second = processes.run(sharded.quantised, str(tmp_path), 2)
+    one = sharded.quantised(str(tmp_path), 1, twice)
+    first, second = processes.run(sharded.quantised, str(tmp_path), 2, twice)
     assert first == second
-    assert first["base"] == "torch.uint8"
-    assert "net.0.weight" not in first["sharded"]
-    assert {"net.1.weight", "net.2.weight", "net.2.bias"} <= set(first["sharded"])
+    assert set(first["sharded"]) == {
+        "net.0.weight", "net.0.bias", "net.1.weight", "net.2.weight", "net.2.bias"
+    }  # fmt: skip
+    assert first["values"] == one["values"]
     assert apart(first["weights"], one["weights"]) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal_lm", "classification"])
+def test_lora_over_a_sharded_base_in_four_bits(processes, tmp_path, task) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    one = sharded.qlora(str(tmp_path / "one"), 1, None, task)
+    folder = str(tmp_path / "two")
+    first, second = processes.run(sharded.qlora, folder, 2, None, task)
+    assert first["weights"] == second["weights"]
+    # AdamW divides by gradients that are rounded in float32.
+    assert apart(first["weights"], one["weights"]) <= 1e-5
+    # Each validates its half of the rows.
+    assert (first["loss"] + second["loss"]) / 2 == pytest.approx(one["loss"], rel=1e-5)
+    # Each rank has half of the base, with everything that belongs to it.
+    assert first["whole"] == []
+    assert one["bytes"] >= 2 * (4 * 64 * 64 + 3 * 64 * 128) // 2
+    for rank in (first, second):
+        assert 0.49 < rank["bytes"] / one["bytes"] < 0.52
+    # The adapters go on in one process, and back.
+    path = str(tmp_path / "two" / "step=2.ckpt")
+    alone = sharded.qlora(str(tmp_path / "alone"), 1, path, task)
+    assert apart(alone["weights"], one["weights"]) <= 1e-5
+    path = str(tmp_path / "one" / "step=2.ckpt")
+    again = processes.run(sharded.qlora, folder, 2, path, task)[0]
+    assert again["steps"] == 4
+    assert apart(again["weights"], one["weights"]) <= 1e-5
 
 
 # ------------------------------------------------------------------ with noise
@@ -101,6 +130,15 @@ def test_each_rank_draws_the_noise_of_its_shard(processes, tmp_path) -> None:
     together = np.corrcoef(first["share"][:length], second["share"][:length])[0, 1]
     assert abs(together) < 0.06
     assert first["ratio"] == second["ratio"] == 1e9  # there is no signal
+
+
+@pytest.mark.slow
+def test_each_rank_rounds_its_shard(processes, tmp_path) -> None:
+    first, second = processes.run(sharded.noise, str(tmp_path), 1, {"secure_rounding": True})
+    assert first["world"] == second["world"]
+    assert variance_is(first["world"], 1.0)
+    assert first["on_grid"]
+    assert second["on_grid"]
 
 
 @pytest.mark.slow
