@@ -353,7 +353,7 @@ class DifferentialPrivacy(Callback):
             return
         self._run.close()
         self._bookings.close(self._state)
-        self._world = World()
+        self._world = self._world.left()
         # Without a run the strategy validates, tests and predicts as ever, and refuses to fit.
         trainer.strategy.private_run = self._run = None
         self._so_far = None

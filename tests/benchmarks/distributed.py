@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,16 +200,16 @@ def started(name: str, private: bool, devices: int, arguments: argparse.Namespac
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
-def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
-    """All trainings of a case, and what they say together."""
+def compare(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
+    """All trainings of a case, each row as soon as it is there, and what they say together."""
     # Sharded parameters of this size do not fit into one device.
     single = [] if CASES[name].sharded and not arguments.dry_run else [1]
-    rows = [
-        started(name, private, devices, arguments)
-        for devices in (*single, arguments.devices)
-        for private in (False, True)
-    ]
-    speed = {(row["private"], row["devices"]): row["tokens_per_second"] for row in rows}
+    speed: dict[tuple[bool, int], float] = {}
+    for devices in (*single, arguments.devices):
+        for private in (False, True):
+            row = started(name, private, devices, arguments)
+            speed[private, devices] = row["tokens_per_second"]
+            yield row
     every = arguments.devices
     summary: dict[str, Any] = {"case": name, "devices": every}
     summary["private_over_ordinary"] = speed[True, every] / speed[False, every]
@@ -216,7 +217,7 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
         ordinary, private = (speed[kind, every] / speed[kind, 1] for kind in (False, True))
         summary |= {"ordinary_scaling": ordinary, "private_scaling": private}
         summary["ratio_of_scalings"] = private / ordinary
-    return [*rows, summary]
+    yield summary
 
 
 def main() -> None:
@@ -234,7 +235,7 @@ def main() -> None:
         return
     for name in arguments.cases:
         for row in compare(name, arguments):
-            print(json.dumps(row))
+            print(json.dumps(row), flush=True)
             if arguments.output is not None:
                 with arguments.output.open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
+import signal
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_privacy.distributed import world
 from lightning_privacy.noise import GaussianNoise, GridNoise
 from lightning_privacy.sharded_step import ShardedStep
 from tests.callbacks.training import FEATURES, Regression
@@ -52,6 +56,28 @@ class Blocks(Regression):
             )
         base.requires_grad_(False)
         self.net = Stack(base, blocks, head)
+
+
+class Failing(Blocks):
+    """Two blocks are gathered; then one rank fails, before the third or in the backward."""
+
+    def __init__(self, rank: int, way: str) -> None:
+        super().__init__()
+        self.rank, self.way = rank, way
+        self.net.blocks[1].register_forward_hook(self.after_two_blocks)
+
+    def after_two_blocks(self, _block: Any, _inputs: Any, output: Tensor) -> None:
+        if self.global_rank != self.rank or self.global_step != 2:
+            return
+        if self.way == "backward":
+            output.register_hook(lambda _gradient: self.fail())
+        else:
+            self.fail()
+
+    def fail(self) -> None:
+        if self.way == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError("no such record")
 
 
 class Stack(nn.Module):
@@ -130,10 +156,10 @@ def _noise(directory: str, steps: int, settings: dict) -> dict[str, Any]:
     )  # fmt: skip
     unit = 0.7 * callback.plan.clip_norm / 8
     parts = [p.to_local().flatten() for p in module.parameters()]
-    world = [p.full_tensor().flatten() for p in module.parameters()]
+    everywhere = [p.full_tensor().flatten() for p in module.parameters()]
     return {
         "share": (torch.cat(parts).detach() / unit).tolist(),
-        "world": (torch.cat(world).detach() / unit).tolist(),
+        "world": (torch.cat(everywhere).detach() / unit).tolist(),
         "ratio": callback._tally.latest["noise_to_signal"],
     }
 
@@ -236,6 +262,17 @@ def failing(directory: str) -> str:
     try:
         jobs.fit(directory, 2, {"independence_check": False}, module, **SHARDED)
     except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def waits_in_vain(directory: str) -> str:
+    """Rank 1 fails between two blocks and stays alive, while rank 0 waits for its shard."""
+    world._PATIENCE, world._GRACE = timedelta(seconds=1), timedelta(seconds=1)
+    module = Failing(1, "forward")
+    try:
+        jobs.fit(directory, 2, {"independence_check": False}, module, **SHARDED)
+    except Exception as error:  # noqa: BLE001 - this is what the test looks at
         return f"{type(error).__name__}: {error}"
     return ""
 

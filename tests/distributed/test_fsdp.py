@@ -196,6 +196,18 @@ def test_a_folder_of_shards_goes_on_in_one_process(processes, tmp_path) -> None:
     assert again["steps"] == 3
 
 
+# ------------------------------------------------------------------ failures
+def test_a_rank_that_waits_in_vain_ends(tmp_path, capfd) -> None:
+    own = Processes()
+    try:
+        own.start(sharded.waits_in_vain, str(tmp_path))
+        assert own.ended(0) == 1
+        assert own.answer(1) == "OSError: no such record"
+    finally:
+        own.stop()
+    assert "A rank of this private fit has failed (rank 1: OSError)" in capfd.readouterr().err
+
+
 # ------------------------------------------------------------------ one's own way, and refusals
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["private_fsdp", "model_parallel"])
