@@ -3,7 +3,9 @@
 A rank hears of another one's failure when it comes to the next exchange. It never comes there while
 it waits, inside a sharded forward or at a barrier, for a sum or a shard of the failed rank; and
 backends give up after half an hour. So a failed rank leaves a word in the store through which the
-processes have met, and a thread of each rank looks for it.
+processes have met, and a thread of each rank looks for it. That thread counts on in the store, and
+looks whether the next rank's counts: one that was killed can leave no word, and not every backend
+notices.
 """
 
 from __future__ import annotations
@@ -11,16 +13,16 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Final
-
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
-
-if TYPE_CHECKING:
-    from datetime import timedelta
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Final
 
 _KEY: Final = "failed"
 _EVERY: Final = 1.0
+# A rank that counts no further for so long is taken for dead.
+_SILENCE: Final = timedelta(minutes=2)
+_LEFT: Final = 2**40
 
 
 class Watch:
@@ -28,10 +30,18 @@ class Watch:
 
     Args:
         name: The same on all ranks, and another one for each fit.
+        rank: Number of this rank.
+        size: How many there are.
     """
 
-    def __init__(self, name: str) -> None:
-        self._store = dist.PrefixStore(f"lightning_privacy/{name}", _get_default_store())
+    def __init__(self, name: str, rank: int, size: int) -> None:
+        # Not every build of torch has it.
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+        self._mine, self._next = f"count {rank}", f"count {(rank + 1) % size}"
+        self._next_rank = (rank + 1) % size
+        self._count, self._heard_at = -1, time.monotonic()
+        self._store = PrefixStore(f"lightning_privacy/{name}", _get_default_store())
         self._stopped = threading.Event()
 
     def start(self, patience: timedelta) -> None:
@@ -47,8 +57,11 @@ class Watch:
         ).start()
 
     def stop(self) -> None:
-        """End looking. Safe to call several times."""
-        self._stopped.set()
+        """End looking, and being looked for. Safe to call several times."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            with suppress(RuntimeError):  # whoever kept the store may be gone
+                self._store.add(self._mine, _LEFT)
 
     def report(self, failure: str) -> None:
         """Leave a word for the others.
@@ -57,10 +70,8 @@ class Watch:
             failure: Which rank has failed, and how.
         """
         self.stop()
-        try:
+        with suppress(RuntimeError):  # that the store is gone says as much
             self._store.set(_KEY, failure)
-        except RuntimeError:
-            return  # whoever kept the store is gone, which says as much
 
     def _look(self, patience: float) -> None:
         failure = None
@@ -79,6 +90,14 @@ class Watch:
 
     def _heard(self) -> str | None:
         try:
-            return self._store.get(_KEY).decode() if self._store.check([_KEY]) else None
+            if self._store.check([_KEY]):
+                return self._store.get(_KEY).decode()
+            self._store.add(self._mine, 1)
+            count, now = self._store.add(self._next, 0), time.monotonic()
+            if count != self._count or count >= _LEFT:
+                self._count, self._heard_at = count, now
+            elif now - self._heard_at > _SILENCE.total_seconds():
+                self._store.set(_KEY, f"rank {self._next_rank} is silent")
         except RuntimeError:
             return "rank 0 is gone"
+        return None

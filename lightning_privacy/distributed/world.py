@@ -99,7 +99,7 @@ class World:
             This world.
         """
         if not self.alone:
-            self._watch = Watch(self.from_first(secrets.token_hex(8)))
+            self._watch = Watch(self.from_first(secrets.token_hex(8)), self.rank, self.size)
             self._watch.start(_PATIENCE + _GRACE)
         return self
 

@@ -104,7 +104,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return self._step(super().predict_step, *arguments)
 
     def _step(self, step: Any, *arguments: Any) -> Any:
-        root = Root.of(self.lightning_module)
+        module: Any = self.lightning_module
+        root = Root.of(module)
         return step(*arguments) if root is None else root.around(step, *arguments)
 
 

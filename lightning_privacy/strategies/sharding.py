@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from lightning_privacy.clipping.capture import GATHERED
 from lightning_privacy.errors import UnsupportedOperationError
 from lightning_privacy.strategies.quantised import pack_quantised
 
@@ -69,7 +70,7 @@ class Root(nn.Module):
     def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__()
         self.module = module
-        self._around = [
+        self._around: list[Any] = [
             child for child in module.children() if next(_blocks(child), None) is not None
         ]
         fully_shard(self, mesh=mesh, ignored_params=set(module.parameters()))
@@ -164,11 +165,15 @@ def gathered_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     found = {n: p for n, p in module.named_parameters() if p.requires_grad}
     for name, parameter in found.items():
         _require_plain_shards(name, parameter)
+    shards = [name for name, parameter in found.items() if isinstance(parameter, DTensor)]
     for part in sharded_parts(module):
         part.set_requires_gradient_sync(False)
         part.unshard()
         whole = dict(module.named_parameters())
-        found.update((n, whole[n]) for n in found if not isinstance(whole[n], DTensor))
+        gathered = {n: whole[n] for n in shards if not isinstance(whole[n], DTensor)}
+        for parameter in gathered.values():
+            setattr(parameter, GATHERED, True)
+        found.update(gathered)
         part.reshard()
     return found
 

@@ -54,6 +54,7 @@ class Case:
 CASES = {
     "lora": Case(shape="7b", rows=16, tokens=512, lora=True),
     "full-1b": Case(shape="1b", rows=8, tokens=1024),
+    "lora-sharded": Case(shape="7b", rows=16, tokens=512, lora=True, sharded=True),
     "full-7b-sharded": Case(shape="7b", rows=4, tokens=512, sharded=True),
 }
 SHAPES = {
@@ -118,22 +119,22 @@ class Llama(L.LightningModule):
 
 
 def with_adapters(model: nn.Module, dry: bool) -> nn.Module:
-    """LoRA of rank 16 on all linear layers; on a GPU over a base in NF4."""
+    """LoRA of rank 16 on all linear layers, over a base in NF4."""
+    import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
 
-    if not dry:
-        import bitsandbytes as bnb
-
-        for name, part in list(model.named_modules()):
-            if isinstance(part, nn.Linear) and "lm_head" not in name:
-                made = bnb.nn.Linear4bit(
-                    part.in_features, part.out_features, bias=False,
-                    compute_dtype=torch.bfloat16, quant_type="nf4",
-                )  # fmt: skip
-                made.load_state_dict(part.state_dict())
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, made)
-        model.requires_grad_(False)
+    for name, part in list(model.named_modules()):
+        if isinstance(part, nn.Linear) and "lm_head" not in name:
+            made = bnb.nn.Linear4bit(
+                part.in_features, part.out_features, bias=False, quant_type="nf4",
+                compute_dtype=torch.float32 if dry else torch.bfloat16,
+            )  # fmt: skip
+            made.load_state_dict(part.state_dict())
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, made)
+    if dry:
+        model.to("cpu")  # this is where the weights are quantised
+    model.requires_grad_(False)
     return get_peft_model(model, LoraConfig(r=2 if dry else 16, target_modules="all-linear"))
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_privacy.distributed import world
+from lightning_privacy.distributed import watch, world
 from lightning_privacy.noise import GaussianNoise, GridNoise
 from lightning_privacy.sharded_step import ShardedStep
 from tests.callbacks.training import FEATURES, Regression
@@ -58,6 +58,9 @@ class Blocks(Regression):
         self.net = Stack(base, blocks, head)
 
 
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
 class Failing(Blocks):
     """Two blocks are gathered; then one rank fails, before the third or in the backward."""
 
@@ -75,8 +78,8 @@ class Failing(Blocks):
             self.fail()
 
     def fail(self) -> None:
-        if self.way == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.way in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[self.way])
         raise OSError("no such record")
 
 
@@ -99,6 +102,12 @@ MODULES = {"small": Regression, "blocks": Blocks, "manual": jobs.Manual}
 def weights_after(directory: str, ranks: int, name: str, settings: dict) -> jobs.Weights:
     _, module, _ = jobs.fit(directory, ranks, settings, MODULES[name](), **options_for(ranks))
     return whole(module)
+
+
+def in_mixed_precision(directory: str, ranks: int) -> jobs.Weights:
+    """Casts small parameters, of which those of other blocks are not there."""
+    options = {"precision": "bf16-mixed", "batches": DataLoader(jobs.data(jobs.ROWS), batch_size=3)}
+    return whole(jobs.fit(directory, ranks, {}, Blocks(), **options, **options_for(ranks))[1])
 
 
 def of_users(directory: str, ranks: int, settings: dict) -> jobs.Weights:
@@ -266,10 +275,11 @@ def failing(directory: str) -> str:
     return ""
 
 
-def waits_in_vain(directory: str) -> str:
-    """Rank 1 fails between two blocks and stays alive, while rank 0 waits for its shard."""
+def waits_in_vain(directory: str, way: str) -> str:
+    """Rank 1 fails between two blocks, its connections open, while rank 0 waits for its shard."""
     world._PATIENCE, world._GRACE = timedelta(seconds=1), timedelta(seconds=1)
-    module = Failing(1, "forward")
+    watch._SILENCE = timedelta(seconds=4)
+    module = Failing(1, way)
     try:
         jobs.fit(directory, 2, {"independence_check": False}, module, **SHARDED)
     except Exception as error:  # noqa: BLE001 - this is what the test looks at

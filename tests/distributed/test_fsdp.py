@@ -52,6 +52,13 @@ def test_shards_do_what_one_process_does_for_users(processes, tmp_path, settings
     require_equal(sharded.of_users, processes, tmp_path, settings)
 
 
+def test_shards_in_mixed_precision(processes, tmp_path) -> None:
+    one = sharded.in_mixed_precision(str(tmp_path), 1)
+    first, second = processes.run(sharded.in_mixed_precision, str(tmp_path), 2)
+    assert first == second
+    assert 0 < apart(first, one) < 1e-2
+
+
 def test_nothing_unclipped_is_added_up(processes, tmp_path) -> None:
     found = processes.run(sharded.raw_sums, str(tmp_path))[0]
     assert found["raw"] == 0
@@ -197,15 +204,19 @@ def test_a_folder_of_shards_goes_on_in_one_process(processes, tmp_path) -> None:
 
 
 # ------------------------------------------------------------------ failures
-def test_a_rank_that_waits_in_vain_ends(tmp_path, capfd) -> None:
+@pytest.mark.parametrize(
+    ("way", "words"), [("forward", "rank 1: OSError"), ("stop", "rank 1 is silent")]
+)
+def test_a_rank_that_waits_in_vain_ends(tmp_path, capfd, way, words) -> None:
     own = Processes()
     try:
-        own.start(sharded.waits_in_vain, str(tmp_path))
+        own.start(sharded.waits_in_vain, str(tmp_path), way)
         assert own.ended(0) == 1
-        assert own.answer(1) == "OSError: no such record"
+        if way == "forward":
+            assert own.answer(1) == "OSError: no such record"
     finally:
         own.stop()
-    assert "A rank of this private fit has failed (rank 1: OSError)" in capfd.readouterr().err
+    assert f"A rank of this private fit has failed ({words})" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------ one's own way, and refusals
