@@ -104,6 +104,15 @@ def weights_after(directory: str, ranks: int, name: str, settings: dict) -> jobs
     return whole(module)
 
 
+def twice(directory: str, ranks: int) -> jobs.Weights:
+    """A module that is sharded already is trained on, and validated by itself."""
+    module = Blocks()
+    for part in ("first", "second"):
+        made, _, _ = jobs.fit(f"{directory}/{part}", ranks, {}, module, **options_for(ranks))
+        made.validate(module, jobs.loader(), verbose=False)
+    return whole(module)
+
+
 def in_mixed_precision(directory: str, ranks: int) -> jobs.Weights:
     """Casts small parameters, of which those of other blocks are not there."""
     options = {"precision": "bf16-mixed", "batches": DataLoader(jobs.data(jobs.ROWS), batch_size=3)}
@@ -387,7 +396,9 @@ def quantised(directory: str, ranks: int, twice: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def qlora(directory: str, ranks: int, path: str | None, task: str) -> dict[str, Any]:
+def qlora(
+    directory: str, ranks: int, path: str | None, task: str, folder: bool = False
+) -> dict[str, Any]:
     """The package's own Llama, with checkpointing, over a base in NF4."""
     from lightning_privacy.models import LlamaQLoRA
 
@@ -415,7 +426,7 @@ def qlora(directory: str, ranks: int, path: str | None, task: str) -> dict[str, 
     batches = DataLoader(rows, batch_size=2)
     made, _, callback = jobs.fit(
         directory, ranks, {"expected_batch_size": 4, "clip_norm": 0.5}, module, batches,
-        (saving, Saving(False)), precision="32-true", max_steps=4, max_epochs=-1,
+        (saving, Saving(folder)), precision="32-true", max_steps=4, max_epochs=-1,
         val=DataLoader(rows[:4], batch_size=2),
         ckpt_path=path, **options_for(ranks),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.callbacks.training import LIGHTNING_NOISE
 from tests.distributed import jobs
@@ -50,6 +51,11 @@ def test_shards_do_what_one_process_does(processes, tmp_path, module, settings) 
 )
 def test_shards_do_what_one_process_does_for_users(processes, tmp_path, settings) -> None:
     require_equal(sharded.of_users, processes, tmp_path, settings)
+
+
+@pytest.mark.slow
+def test_a_module_is_trained_twice(processes, tmp_path) -> None:
+    require_equal(sharded.twice, processes, tmp_path)
 
 
 def test_shards_in_mixed_precision(processes, tmp_path) -> None:
@@ -122,6 +128,22 @@ def test_lora_over_a_sharded_base_in_four_bits(processes, tmp_path, task) -> Non
     again = processes.run(sharded.qlora, folder, 2, path, task)[0]
     assert again["steps"] == 4
     assert apart(again["weights"], one["weights"]) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_folder_of_adapters_goes_on(processes, tmp_path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    task = "causal_lm"
+    unbroken = processes.run(sharded.qlora, str(tmp_path / "a"), 2, None, task, True)[0]
+    path = tmp_path / "a" / "step=2.ckpt"
+    # The frozen base is not in it.
+    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    weights = [name for name in names if name.startswith("state_dict")]
+    assert weights
+    assert all("lora" in name for name in weights)
+    again = processes.run(sharded.qlora, str(tmp_path / "b"), 2, str(path), task, True)[0]
+    assert apart(again["weights"], unbroken["weights"]) <= 1e-6
 
 
 # ------------------------------------------------------------------ with noise
