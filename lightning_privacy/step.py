@@ -297,6 +297,7 @@ class PrivateStep:
             total = self._total(names)
             measured.before(total)
             if std:
+                total = total.to(torch.promote_types(total.dtype, self._noise.sum_dtype))
                 self._noise.add_(total, "\n".join(names), release, std)
             yield names, total
 

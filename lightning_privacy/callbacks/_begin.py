@@ -80,7 +80,7 @@ def make_step(
     step = make(
         parameters=parameters,
         plan=plan,
-        noise=noise_of(settings, plan, secret, run.trainer, parameters),
+        noise=noise_of(settings, plan, secret, world, parameters),
         loss_reduction=settings.loss_reduction,
         local_rate=settings.local_learning_rate or 0.0,
         world=world,

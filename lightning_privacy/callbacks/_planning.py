@@ -16,7 +16,6 @@ from lightning_privacy.errors import (
     BudgetExceededError,
     ConfigurationError,
     GuaranteeError,
-    UnsupportedOperationError,
 )
 from lightning_privacy.noise import GaussianNoise
 from lightning_privacy.noise.grid import ROUNDING_SLACK, GridNoise
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from lightning_privacy.callbacks._population import Population
     from lightning_privacy.callbacks._settings import PrivacySettings
+    from lightning_privacy.distributed import World
     from lightning_privacy.noise import NoiseMechanism
     from lightning_privacy.sampling import ResolvedSampling
     from lightning_privacy.types import AccountantName
@@ -279,7 +279,7 @@ def noise_of(
     settings: PrivacySettings,
     plan: PrivacyPlan,
     secret: bytes,
-    trainer: Any,
+    world: World,
     parameters: Mapping[str, nn.Parameter],
 ) -> NoiseMechanism:
     """Make the source of noise of a run.
@@ -288,29 +288,20 @@ def noise_of(
         settings: What the user configured.
         plan: Says how much noise.
         secret: Keys it.
-        trainer: Knows the number of processes.
-        parameters: What is released.
+        world: The ranks over which a sum is spread.
+        parameters: What is released, whole.
 
     Returns:
-        The noise.
-
-    Raises:
-        UnsupportedOperationError: Secure rounding with several processes.
+        The noise of this rank.
     """
     noise = GaussianNoise(secret)
     if not settings.secure_rounding or not plan.noise_multiplier:
         return noise
-    if trainer.world_size > 1:
-        raise UnsupportedOperationError(
-            must="with secure_rounding one process rounds the whole sum",
-            found=f"{trainer.world_size} processes",
-            cost="parts that are rounded one by one, for which the accounting does not hold",
-            remedy="train in one process, or leave secure_rounding out",
-        )
     return GridNoise(
         noise,
         noise_multiplier=plan.noise_multiplier,
         dimension=sum(parameter.numel() for parameter in parameters.values()),
+        parts=world.noise_parts,
     )
 
 

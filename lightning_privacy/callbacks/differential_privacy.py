@@ -102,7 +102,7 @@ class DifferentialPrivacy(Callback):
         journal_dir: Where to put the journal; by default beside the checkpoints.
         trust_checkpoint: Whether to resume from a checkpoint that was sealed on another machine.
         secure_rounding: Whether to release on a public grid, so that the low bits of floating point
-            tell nothing about the sum (see `GridNoise`). Slower noise; one process only.
+            tell nothing about the sum (see `GridNoise`). Slower noise.
         ledger: What all runs on the data set have spent together: the planned steps are reserved
             there before the first one, and refused if the data set's budget does not allow them.
         print_table: Whether to print the closing table at the end of the fit.
@@ -353,7 +353,7 @@ class DifferentialPrivacy(Callback):
             return
         self._run.close()
         self._bookings.close(self._state)
-        self._world = World()
+        self._world = self._world.left()
         # Without a run the strategy validates, tests and predicts as ever, and refuses to fit.
         trainer.strategy.private_run = self._run = None
         self._so_far = None

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 _UNKNOWN = object()
 
 
+GATHERED = "is_gathered"
+"""Attribute of a parameter whose memory is there only while its part of the module runs."""
+
+
 class Slot:
     """What one capture knows about one parameter."""
 
@@ -241,9 +245,12 @@ class Capture:
         return self._anchors[device]
 
     def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A parameter detached and in ``dtype``; one copy per micro-batch for all its uses."""
-        if tensor.dtype == dtype:
-            return tensor.detach()
+        """A parameter detached and in ``dtype``; one copy per micro-batch for all its uses.
+
+        One whose memory comes and goes is cast for each use, or all of a model would be held.
+        """
+        if tensor.dtype == dtype or getattr(tensor, GATHERED, False):
+            return tensor.detach().to(dtype)
         key = (id(tensor), dtype)
         if key not in self._casts:
             slot = self.slot(tensor)
@@ -271,6 +278,7 @@ class Capture:
             slot
             for slot in self.slots.values()
             if slot.parameter.numel() <= LARGEST
+            and not getattr(slot.parameter, GATHERED, False)
             and slot.parameter.device == device
             and slot.parameter.dtype == dtype
         ]

@@ -24,9 +24,9 @@ class Shards(World):
     lockstep = True
 
     @property
-    def noise_share(self) -> float:
-        """1: a coordinate is on one rank only."""
-        return 1.0
+    def noise_parts(self) -> int:
+        """1: a coordinate is on one rank only, which draws all of its noise."""
+        return 1
 
     def summed(self, parts: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
         """Nothing: shards were added up when they were made.

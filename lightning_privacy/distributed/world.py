@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import secrets
 from collections import deque
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from lightning_privacy.distributed.watch import Watch
 from lightning_privacy.errors import (
     BudgetExceededError,
     ConfigurationError,
@@ -37,6 +39,8 @@ Result = TypeVar("Result")
 _FAILED, _TOGETHER, _VALUE, _STEP = range(4)
 # How long a rank that has failed waits for the others to come and hear of it.
 _PATIENCE: Final = timedelta(seconds=60)
+# How much longer the others have to end by themselves.
+_GRACE: Final = timedelta(seconds=10)
 # Sums under way while the next noise is drawn; each holds a bundle of gradients.
 _UNDER_WAY = 2
 _KINDS: Final = {
@@ -73,6 +77,7 @@ class World:
         self.size: int = 1 if control is None else dist.get_world_size(control)
         self.rank: int = 0 if control is None else dist.get_rank(control)
         self._ended = False
+        self._watch: Watch | None = None
 
     @classmethod
     def join(cls) -> World:
@@ -84,6 +89,36 @@ class World:
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
         return cls(_control_group(dist.group.WORLD))
+
+    def watched(self) -> Self:
+        """From now on this process ends if a rank fails for which it waits in vain.
+
+        All ranks call it at the same moment; `left` undoes it.
+
+        Returns:
+            This world.
+        """
+        if not self.alone:
+            self._watch = Watch(self.from_first(secrets.token_hex(8)), self.rank, self.size)
+            self._watch.start(_PATIENCE + _GRACE)
+        return self
+
+    def left(self) -> World:
+        """Leave the other ranks: nobody waits for this one any more, nor this one for them.
+
+        Returns:
+            The world of one process.
+        """
+        self._look_away()
+        return World()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._look_away()
+
+    def _look_away(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
 
     @property
     def alone(self) -> bool:
@@ -199,8 +234,10 @@ class World:
         """
         if self.alone or self._ended or not isinstance(error, Exception):
             return
-        self._ended = True
+        self._end()
         mine = _described(error)
+        if self._watch is not None:
+            self._watch.report(f"rank {self.rank}: {type(error).__name__}")
         try:
             places, spoken = self._talk(_FAILED, (0, 0), mine, _PATIENCE)
         except UnheardError:
@@ -214,10 +251,10 @@ class World:
         places, spoken = self._talk(kind, place, value)
         for rank, (stands_at, *_) in enumerate(places):
             if stands_at == _FAILED:
-                self._ended = True
+                self._end()
                 raise _error_of(rank, spoken[rank])
         if any(other != places[0] for other in places):
-            self._ended = True
+            self._end()
             raise _apart(places)
         return spoken
 
@@ -242,19 +279,24 @@ class World:
             work = dist.all_gather(parts, mine, group=self._control, async_op=True)
             work.wait() if patience is None else work.wait(patience)
         except RuntimeError as error:
-            self._ended = True
+            self._end()
             raise UnheardError(error) from error
         return parts
 
     # ------------------------------------------------------------------ sums
     @property
+    def noise_parts(self) -> int:
+        """How many ranks' noise adds up in one coordinate: all R."""
+        return self.size
+
+    @property
     def noise_share(self) -> float:
-        """Each rank's share of the standard deviation, 1/sqrt(R).
+        """Each rank's share of the standard deviation, 1/sqrt(R) for R parts.
 
         R independent normal values of standard deviation s/sqrt(R) add up to one of s: noise is in
         the sum once, and each rank knows a part of it only.
         """
-        return 1 / math.sqrt(self.size)
+        return 1 / math.sqrt(self.noise_parts)
 
     def summed(self, parts: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
         """Add up tensors over all ranks, in place, while the next ones are prepared.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -14,7 +15,12 @@ class NoiseMechanism(Protocol):
 
     Guarantees: values of different releases, parameters and coordinates are independent; nothing
     that the program seeds elsewhere influences them, and drawing them influences nothing else.
+
+    Attributes:
+        sum_dtype: The least precise type in which parts of a noised sum may be added up.
     """
+
+    sum_dtype: torch.dtype
 
     def sample(self, name: str, like: Tensor, release: int, std: float) -> Tensor:
         """Returns fresh noise.

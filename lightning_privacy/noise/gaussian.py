@@ -94,6 +94,8 @@ class GaussianNoise:
         ConfigurationError: The secret is too short or too long, or ``threads`` is not >= 1.
     """
 
+    sum_dtype = torch.float32
+
     def __init__(self, secret: bytes, *, threads: int | None = None) -> None:
         if not isinstance(secret, bytes) or not 16 <= len(secret) <= 64:
             raise ConfigurationError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from typing_extensions import override
 
 from lightning_privacy.strategies.base import privatize
-from lightning_privacy.strategies.sharding import shard
+from lightning_privacy.strategies.sharded_files import load_file
+from lightning_privacy.strategies.sharding import Root, shard, sharded_parts
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -55,7 +57,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Shard the module, unless it has done so, before the optimizers are made."""
         module: Any = self.lightning_module
-        shard(module, self.device_mesh["data_parallel"])
+        if next(sharded_parts(module), None) is None:
+            mesh = self.device_mesh["data_parallel"]
+            shard(module, mesh)
+            Root(module, mesh)
         own = vars(module).get("configure_model", _UNSET)
         # Lightning wants the module to have sharded itself; it was called before, if there is one.
         module.configure_model = _sharded_already
@@ -66,6 +71,42 @@ class FullyShardedStrategy(ModelParallelStrategy):
                 del module.configure_model
             else:
                 module.configure_model = own
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """See `Strategy.load_checkpoint`; a folder of shards, or one file of any strategy."""
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_file():
+            return super().load_checkpoint(path, weights_only)
+        module: Any = self.lightning_module
+        return load_file(
+            path, module, self.optimizers, strict=module.strict_loading, weights_only=weights_only
+        )
+
+    @override
+    def training_step(self, *arguments: Any) -> Any:
+        """See `Strategy.training_step`."""
+        return self._step(super().training_step, *arguments)
+
+    @override
+    def validation_step(self, *arguments: Any) -> Any:
+        """See `Strategy.validation_step`."""
+        return self._step(super().validation_step, *arguments)
+
+    @override
+    def test_step(self, *arguments: Any) -> Any:
+        """See `Strategy.test_step`."""
+        return self._step(super().test_step, *arguments)
+
+    @override
+    def predict_step(self, *arguments: Any) -> Any:
+        """See `Strategy.predict_step`."""
+        return self._step(super().predict_step, *arguments)
+
+    def _step(self, step: Any, *arguments: Any) -> Any:
+        module: Any = self.lightning_module
+        root = Root.of(module)
+        return step(*arguments) if root is None else root.around(step, *arguments)
 
 
 def _sharded_already() -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def joined(strategy: Strategy) -> World:
-    """Join the other ranks of a fit.
+    """Join the other ranks of a fit, until `World.left`.
 
     Args:
         strategy: The trainer's strategy.
@@ -24,7 +24,7 @@ def joined(strategy: Strategy) -> World:
     """
     kind = Shards if is_sharded(strategy) else World
     # Others may have joined processes that train apart from one another.
-    return kind.join() if getattr(strategy, "world_size", 1) > 1 else kind()
+    return kind.join().watched() if getattr(strategy, "world_size", 1) > 1 else kind()
 
 
 def run_for(strategy: Strategy) -> type[PrivateRun]:

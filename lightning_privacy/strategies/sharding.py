@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from lightning_privacy.clipping.capture import GATHERED
 from lightning_privacy.errors import UnsupportedOperationError
+from lightning_privacy.strategies.quantised import pack_quantised
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.distributed.device_mesh import DeviceMesh
+
+    Result = TypeVar("Result")
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """Shard a LightningModule: each block of a list of blocks, then each of its direct children.
 
     The module itself is left alone: Lightning calls its ``training_step``, not its ``forward``.
+    Weights in 4 bits become bytes, which are sharded together with their scales.
 
     Args:
         module: The LightningModule. One that holds a sharded part already is not touched.
@@ -39,13 +45,83 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
             cost="a parameter that is gathered for no operation, and whole on every rank",
             remedy="put it into a torch.nn.Module, and assign that to an attribute",
         )
+    packed = pack_quantised(module, _device(mesh))
     for child in module.children():
         if next(child.parameters(), None) is None:
             continue
-        whole = {p for p in child.parameters() if not _can_be_sharded(p)}
+        whole = {p for p in child.parameters() if p not in packed and not _can_be_sharded(p)}
         for block in _blocks(child):
-            fully_shard(block, mesh=mesh, ignored_params=whole)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         fully_shard(child, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+
+
+class Root(nn.Module):
+    """Stands above all sharded parts, so that they take turns in gathering.
+
+    The direct children of a LightningModule, by themselves, know nothing of each other. And what
+    lies in one of them outside its blocks, such as embeddings and head, may be used although the
+    child itself is never called: it is gathered for the whole of a step.
+
+    Args:
+        module: A LightningModule that `shard` has sharded.
+        mesh: One dimension, the ranks.
+    """
+
+    def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.module = module
+        self._around: list[Any] = [
+            child for child in module.children() if next(_blocks(child), None) is not None
+        ]
+        fully_shard(self, mesh=mesh, ignored_params=set(module.parameters()))
+        vars(module)[_ROOT] = self  # not as a part of it
+
+    @staticmethod
+    def of(module: nn.Module) -> Root | None:
+        """The root above a module; None where the module has sharded itself.
+
+        Args:
+            module: A LightningModule.
+
+        Returns:
+            The root.
+        """
+        return vars(module).get(_ROOT)
+
+    def around(self, step: Callable[..., Result], *arguments: Any) -> Result:
+        """Run a step of the module within the forward of this one.
+
+        Args:
+            step: What to call.
+            *arguments: With what.
+
+        Returns:
+            What it returns.
+        """
+        for part in self._around:
+            part.unshard()
+        result: list[Result] = []
+        error: list[BaseException] = []
+
+        def called() -> None:
+            # An error, like a result, is kept from FSDP, so that its forward comes to its end.
+            try:
+                result.append(step(*arguments))
+            except BaseException as raised:  # noqa: BLE001 - raised again below
+                error.append(raised)
+
+        self(called)
+        if error:
+            raise error.pop()
+        return result.pop()
+
+    def forward(self, step: Callable[[], None]) -> None:
+        """Call a step.
+
+        Args:
+            step: What to call.
+        """
+        step()
 
 
 def sharded_parts(module: nn.Module) -> Iterator[Any]:
@@ -89,11 +165,15 @@ def gathered_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     found = {n: p for n, p in module.named_parameters() if p.requires_grad}
     for name, parameter in found.items():
         _require_plain_shards(name, parameter)
+    shards = [name for name, parameter in found.items() if isinstance(parameter, DTensor)]
     for part in sharded_parts(module):
         part.set_requires_gradient_sync(False)
         part.unshard()
         whole = dict(module.named_parameters())
-        found.update((n, whole[n]) for n in found if not isinstance(whole[n], DTensor))
+        gathered = {n: whole[n] for n in shards if not isinstance(whole[n], DTensor)}
+        for parameter in gathered.values():
+            setattr(parameter, GATHERED, True)
+        found.update(gathered)
         part.reshard()
     return found
 
@@ -120,6 +200,17 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(part)
 
 
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(
+        mesh.device_type, torch.get_device_module(mesh.device_type).current_device()
+    )
+
+
 def _can_be_sharded(parameter: nn.Parameter) -> bool:
-    """Not a quantised one: its scales lie outside the parameter, and would not be sharded."""
+    """Not one in 8 bits: its scales lie outside the parameter, and would not be sharded."""
     return type(parameter) is nn.Parameter and parameter.is_floating_point()
+
+
+_ROOT = "_root_of_shards"

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Case:
 CASES = {
     "lora": Case(shape="7b", rows=16, tokens=512, lora=True),
     "full-1b": Case(shape="1b", rows=8, tokens=1024),
+    "lora-sharded": Case(shape="7b", rows=16, tokens=512, lora=True, sharded=True),
     "full-7b-sharded": Case(shape="7b", rows=4, tokens=512, sharded=True),
 }
 SHAPES = {
@@ -117,22 +119,22 @@ class Llama(L.LightningModule):
 
 
 def with_adapters(model: nn.Module, dry: bool) -> nn.Module:
-    """LoRA of rank 16 on all linear layers; on a GPU over a base in NF4."""
+    """LoRA of rank 16 on all linear layers, over a base in NF4."""
+    import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
 
-    if not dry:
-        import bitsandbytes as bnb
-
-        for name, part in list(model.named_modules()):
-            if isinstance(part, nn.Linear) and "lm_head" not in name:
-                made = bnb.nn.Linear4bit(
-                    part.in_features, part.out_features, bias=False,
-                    compute_dtype=torch.bfloat16, quant_type="nf4",
-                )  # fmt: skip
-                made.load_state_dict(part.state_dict())
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, made)
-        model.requires_grad_(False)
+    for name, part in list(model.named_modules()):
+        if isinstance(part, nn.Linear) and "lm_head" not in name:
+            made = bnb.nn.Linear4bit(
+                part.in_features, part.out_features, bias=False, quant_type="nf4",
+                compute_dtype=torch.float32 if dry else torch.bfloat16,
+            )  # fmt: skip
+            made.load_state_dict(part.state_dict())
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, made)
+    if dry:
+        model.to("cpu")  # this is where the weights are quantised
+    model.requires_grad_(False)
     return get_peft_model(model, LoraConfig(r=2 if dry else 16, target_modules="all-linear"))
 
 
@@ -199,16 +201,16 @@ def started(name: str, private: bool, devices: int, arguments: argparse.Namespac
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
-def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
-    """All trainings of a case, and what they say together."""
+def compare(name: str, arguments: argparse.Namespace) -> Iterator[dict]:
+    """All trainings of a case, each row as soon as it is there, and what they say together."""
     # Sharded parameters of this size do not fit into one device.
     single = [] if CASES[name].sharded and not arguments.dry_run else [1]
-    rows = [
-        started(name, private, devices, arguments)
-        for devices in (*single, arguments.devices)
-        for private in (False, True)
-    ]
-    speed = {(row["private"], row["devices"]): row["tokens_per_second"] for row in rows}
+    speed: dict[tuple[bool, int], float] = {}
+    for devices in (*single, arguments.devices):
+        for private in (False, True):
+            row = started(name, private, devices, arguments)
+            speed[private, devices] = row["tokens_per_second"]
+            yield row
     every = arguments.devices
     summary: dict[str, Any] = {"case": name, "devices": every}
     summary["private_over_ordinary"] = speed[True, every] / speed[False, every]
@@ -216,7 +218,7 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
         ordinary, private = (speed[kind, every] / speed[kind, 1] for kind in (False, True))
         summary |= {"ordinary_scaling": ordinary, "private_scaling": private}
         summary["ratio_of_scalings"] = private / ordinary
-    return [*rows, summary]
+    yield summary
 
 
 def main() -> None:
@@ -234,7 +236,7 @@ def main() -> None:
         return
     for name in arguments.cases:
         for row in compare(name, arguments):
-            print(json.dumps(row))
+            print(json.dumps(row), flush=True)
             if arguments.output is not None:
                 with arguments.output.open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_privacy.accounting import PrivacyLedger
 from lightning_privacy.callbacks import DifferentialPrivacy
-from lightning_privacy.noise import GaussianNoise
+from lightning_privacy.noise import GaussianNoise, GridNoise
 from lightning_privacy.tiers import PublicTiers, TierPolicy
 from tests.callbacks.training import BATCH, FEATURES, Regression, data, privacy, trainer, weights
 
@@ -158,10 +158,19 @@ def noise(directory: str, ranks: int, steps: int, settings: dict) -> dict[str, A
     return {
         "world": (total / unit).tolist(),
         "share": (torch.cat(parts) / unit).tolist() if parts else [],
+        "on_grid": on_grid(parts, unit, callback) if settings.get("secure_rounding") else None,
         "epsilon": callback.epsilon(),
         "secret": callback._secret.hex(),
         "noise_secret": callback._noise_secret.hex(),
     }
+
+
+def on_grid(parts: list[Tensor], unit: float, callback: DifferentialPrivacy) -> bool:
+    """Whether what a rank sends lies on the grid of all ranks."""
+    sigma, size = callback.plan.noise_multiplier, sum(map(len, parts))
+    grid = GridNoise(GaussianNoise(bytes(32)), noise_multiplier=sigma, dimension=size, parts=2)
+    step = grid.step(unit / 2**0.5)
+    return all(torch.equal((part / step).round() * step, part) for part in parts)
 
 
 class WrongOnOneRank(Regression):

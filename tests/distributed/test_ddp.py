@@ -104,6 +104,24 @@ def test_the_world_has_one_noise(processes, tmp_path) -> None:
     assert first["epsilon"] == second["epsilon"] > 0
 
 
+def test_the_world_has_one_noise_on_a_grid(processes, tmp_path) -> None:
+    first, second = processes.run(jobs.noise, str(tmp_path), 2, 1, {"secure_rounding": True})
+    assert first["world"] == second["world"]
+    assert variance_is(first["world"], 1.0)
+    for rank in (first, second):
+        assert variance_is(rank["share"], 0.5)
+        assert rank["on_grid"]
+
+
+def test_sums_on_a_grid_are_those_of_one_process(processes, tmp_path) -> None:
+    """Rounding moves them by far less than the noise, which is too small here to be seen."""
+    settings = {"secure_rounding": True, "noise_multiplier": 1e-4}
+    one = jobs.weights_after(str(tmp_path), 1, settings)
+    first, second = processes.run(jobs.weights_after, str(tmp_path), 2, settings)
+    assert first == second
+    assert 0 < apart(first, one) <= 1e-3
+
+
 @pytest.mark.slow
 def test_noise_differs_from_step_to_step_and_in_test_mode_by_rank(processes, tmp_path) -> None:
     first, second = processes.run(jobs.noise, str(tmp_path), 2, 3, {"test_seed": 5})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.callbacks.training import LIGHTNING_NOISE
 from tests.distributed import jobs
@@ -52,6 +53,18 @@ def test_shards_do_what_one_process_does_for_users(processes, tmp_path, settings
     require_equal(sharded.of_users, processes, tmp_path, settings)
 
 
+@pytest.mark.slow
+def test_a_module_is_trained_twice(processes, tmp_path) -> None:
+    require_equal(sharded.twice, processes, tmp_path)
+
+
+def test_shards_in_mixed_precision(processes, tmp_path) -> None:
+    one = sharded.in_mixed_precision(str(tmp_path), 1)
+    first, second = processes.run(sharded.in_mixed_precision, str(tmp_path), 2)
+    assert first == second
+    assert 0 < apart(first, one) < 1e-2
+
+
 def test_nothing_unclipped_is_added_up(processes, tmp_path) -> None:
     found = processes.run(sharded.raw_sums, str(tmp_path))[0]
     assert found["raw"] == 0
@@ -76,16 +89,61 @@ def test_validation_comes_between(processes, tmp_path) -> None:
     require_equal(sharded.with_validation, processes, tmp_path)
 
 
-@pytest.mark.slow
-def test_a_base_in_four_bits_stays_whole(processes, tmp_path) -> None:
+@pytest.mark.parametrize("twice", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_base_in_four_bits_is_sharded_bit_by_bit(processes, tmp_path, twice) -> None:
     pytest.importorskip("bitsandbytes")
-    one = sharded.quantised(str(tmp_path), 1)
-    first, second = processes.run(sharded.quantised, str(tmp_path), 2)
+    one = sharded.quantised(str(tmp_path), 1, twice)
+    first, second = processes.run(sharded.quantised, str(tmp_path), 2, twice)
     assert first == second
-    assert first["base"] == "torch.uint8"
-    assert "net.0.weight" not in first["sharded"]
-    assert {"net.1.weight", "net.2.weight", "net.2.bias"} <= set(first["sharded"])
+    assert set(first["sharded"]) == {
+        "net.0.weight", "net.0.bias", "net.1.weight", "net.2.weight", "net.2.bias"
+    }  # fmt: skip
+    assert first["values"] == one["values"]
     assert apart(first["weights"], one["weights"]) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal_lm", "classification"])
+def test_lora_over_a_sharded_base_in_four_bits(processes, tmp_path, task) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    one = sharded.qlora(str(tmp_path / "one"), 1, None, task)
+    folder = str(tmp_path / "two")
+    first, second = processes.run(sharded.qlora, folder, 2, None, task)
+    assert first["weights"] == second["weights"]
+    # AdamW divides by gradients that are rounded in float32.
+    assert apart(first["weights"], one["weights"]) <= 1e-5
+    # Each validates its half of the rows.
+    assert (first["loss"] + second["loss"]) / 2 == pytest.approx(one["loss"], rel=1e-5)
+    # Each rank has half of the base, with everything that belongs to it.
+    assert first["whole"] == []
+    assert one["bytes"] >= 2 * (4 * 64 * 64 + 3 * 64 * 128) // 2
+    for rank in (first, second):
+        assert 0.49 < rank["bytes"] / one["bytes"] < 0.52
+    # The adapters go on in one process, and back.
+    path = str(tmp_path / "two" / "step=2.ckpt")
+    alone = sharded.qlora(str(tmp_path / "alone"), 1, path, task)
+    assert apart(alone["weights"], one["weights"]) <= 1e-5
+    path = str(tmp_path / "one" / "step=2.ckpt")
+    again = processes.run(sharded.qlora, folder, 2, path, task)[0]
+    assert again["steps"] == 4
+    assert apart(again["weights"], one["weights"]) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_folder_of_adapters_goes_on(processes, tmp_path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    task = "causal_lm"
+    unbroken = processes.run(sharded.qlora, str(tmp_path / "a"), 2, None, task, True)[0]
+    path = tmp_path / "a" / "step=2.ckpt"
+    # The frozen base is not in it.
+    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    weights = [name for name in names if name.startswith("state_dict")]
+    assert weights
+    assert all("lora" in name for name in weights)
+    again = processes.run(sharded.qlora, str(tmp_path / "b"), 2, str(path), task, True)[0]
+    assert apart(again["weights"], unbroken["weights"]) <= 1e-6
 
 
 # ------------------------------------------------------------------ with noise
@@ -101,6 +159,15 @@ def test_each_rank_draws_the_noise_of_its_shard(processes, tmp_path) -> None:
     together = np.corrcoef(first["share"][:length], second["share"][:length])[0, 1]
     assert abs(together) < 0.06
     assert first["ratio"] == second["ratio"] == 1e9  # there is no signal
+
+
+@pytest.mark.slow
+def test_each_rank_rounds_its_shard(processes, tmp_path) -> None:
+    first, second = processes.run(sharded.noise, str(tmp_path), 1, {"secure_rounding": True})
+    assert first["world"] == second["world"]
+    assert variance_is(first["world"], 1.0)
+    assert first["on_grid"]
+    assert second["on_grid"]
 
 
 @pytest.mark.slow
@@ -156,6 +223,22 @@ def test_a_folder_of_shards_goes_on_in_one_process(processes, tmp_path) -> None:
     )
     assert apart(whole["weights"], unbroken["weights"]) <= 1e-12
     assert again["steps"] == 3
+
+
+# ------------------------------------------------------------------ failures
+@pytest.mark.parametrize(
+    ("way", "words"), [("forward", "rank 1: OSError"), ("stop", "rank 1 is silent")]
+)
+def test_a_rank_that_waits_in_vain_ends(tmp_path, capfd, way, words) -> None:
+    own = Processes()
+    try:
+        own.start(sharded.waits_in_vain, str(tmp_path), way)
+        assert own.ended(0) == 1
+        if way == "forward":
+            assert own.answer(1) == "OSError: no such record"
+    finally:
+        own.stop()
+    assert f"A rank of this private fit has failed ({words})" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------ one's own way, and refusals

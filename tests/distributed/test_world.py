@@ -70,6 +70,26 @@ def nobody_comes(seconds: float) -> str:
     return "went on"
 
 
+def one_leaves_early() -> list[str | None]:
+    here = World.join().watched()
+    assert here._watch is not None
+    found = []
+    if here.rank:
+        here.left()
+    here.gathered(0)
+    if not here.rank:
+        for _ in range(2):
+            here._watch._heard_at = float("-inf")
+            found.append(here._watch._heard())
+    here.gathered(0)
+    here.left()
+    return found
+
+
+def test_a_rank_that_has_left_may_be_silent(processes: Processes) -> None:
+    assert processes.run(one_leaves_early) == [[None, None], []]
+
+
 def test_what_the_ranks_say_to_each_other(processes: Processes) -> None:
     first, second = processes.run(conversation)
     assert [first.pop("rank"), second.pop("rank")] == [0, 1]

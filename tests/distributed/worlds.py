@@ -37,8 +37,7 @@ class Processes:
 
     def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Runs a function of a module in all ranks; returns what it returned, by rank."""
-        for pipe in self._pipes:
-            pipe.send((job, arguments))
+        self.start(job, *arguments)
         answers = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(PATIENCE):
@@ -48,6 +47,21 @@ class Processes:
         failures = [text for worked, text in answers if not worked]
         assert not failures, "\n".join(failures)
         return [value for _, value in answers]
+
+    def start(self, job: Callable[..., Any], *arguments: Any) -> None:
+        """Begins a job in all ranks, without waiting for it."""
+        for pipe in self._pipes:
+            pipe.send((job, arguments))
+
+    def ended(self, rank: int) -> int | None:
+        """The exit code of a rank that has to end by itself."""
+        self._members[rank].join(PATIENCE)
+        return self._members[rank].exitcode
+
+    def answer(self, rank: int) -> Any:
+        """What a job has returned in a rank."""
+        assert self._pipes[rank].poll(PATIENCE)
+        return self._pipes[rank].recv()[1]
 
     def stop(self) -> None:
         for member in self._members:

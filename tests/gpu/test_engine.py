@@ -259,6 +259,8 @@ def private_sum(model: nn.Module, x: Tensor, weights: tuple[float, ...]) -> dict
 
 
 class NoNoise:
+    sum_dtype = torch.float32
+
     def sample(self, name: str, like: Tensor, release: int, std: float) -> Tensor:
         return torch.zeros_like(like)
 

@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_privacy import ConfigurationError, UnsupportedOperationError
+from lightning_privacy import ConfigurationError
 from lightning_privacy.callbacks._planning import noise_of
+from lightning_privacy.distributed import Shards, World
 from lightning_privacy.noise import GaussianNoise, GridNoise, secret_from_seed
 from lightning_privacy.noise.grid import ROUNDING_SLACK
 from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
@@ -100,7 +101,7 @@ def test_draws_and_releases_differ() -> None:
 def test_no_noise_changes_nothing_and_half_precision_is_refused() -> None:
     total = numbers()
     assert torch.equal(grid().add_(total.clone(), "w", 0, 0.0), total)
-    with pytest.raises(ConfigurationError, match="float32 or float64"):
+    with pytest.raises(ConfigurationError, match="also in float32"):
         grid().add_(total.half(), "w", 0, STD)
 
 
@@ -144,8 +145,79 @@ def test_a_fit_releases_on_the_grid_and_accounts_for_it(tmp_path: Path) -> None:
     assert results[1].epsilon() >= results[0].epsilon()
 
 
-def test_several_processes_are_refused() -> None:
-    plan = SimpleNamespace(noise_multiplier=1.0)
+# ---------------------------------------------------------------------- several ranks
+def parts_of(totals: list[Tensor], sigma: float = SIGMA) -> tuple[list[Tensor], float]:
+    """What each rank hands over, and the step of their grid."""
+    size = len(totals)
+    ranks = [
+        GridNoise(
+            GaussianNoise(secret_from_seed(rank)), noise_multiplier=sigma,
+            dimension=totals[0].numel(), parts=size,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    share = STD / math.sqrt(size)
+    noised = [rank.add_(t.clone(), "w", 0, share) for rank, t in zip(ranks, totals, strict=True)]
+    return noised, ranks[0].step(share)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parts_of_several_ranks_add_up_exactly_on_one_grid(ranks: int) -> None:
+    noised, step = parts_of([numbers(seed=rank) for rank in range(ranks)])
+    assert ranks * step * math.sqrt(1000) <= ROUNDING_SLACK * STD / SIGMA
+    total = sum(noised[1:], noised[0])
+    assert torch.equal(total, sum(noised[-2::-1], noised[-1]))
+    assert torch.equal((total / step).round() * step, total)
+    assert all(torch.equal((part / step).round() * step, part) for part in noised)
+
+
+def test_units_may_move_between_ranks() -> None:
+    moved, unit = numbers(seed=2), numbers(seed=3)
+    unit *= STD / SIGMA / unit.norm()
+    step = parts_of([moved, moved])[1]
+    before = (moved / step).round() + (numbers(seed=4) / step).round()
+    after = (numbers(seed=5) / step).round()
+    after += ((moved + unit + numbers(seed=4) - numbers(seed=5)) / step).round()
+    assert float((before - after).norm()) * step <= STD / SIGMA * (1 + ROUNDING_SLACK)
+
+
+def test_the_noise_of_all_ranks_together_has_the_standard_deviation() -> None:
+    size = 100_000
+    noised, _ = parts_of([torch.zeros(size, dtype=torch.float64) for _ in range(3)])
+    squares = float(((noised[0] + noised[1] + noised[2]) / STD).square().sum())
+    assert abs(squares - size) < 5 * math.sqrt(2 * size)
+
+
+def test_rounded_parts_add_up_to_a_rounded_sum_with_uniform_numbers() -> None:
+    """The probabilities of the proof, on a coarse grid: noise of 2 ranks, one step wide each."""
+    from scipy.stats import norm
+
+    width, steps = 1.0, torch.arange(-12, 13, dtype=torch.float64)
+    single = torch.from_numpy(
+        norm.cdf(steps + 0.5, scale=width) - norm.cdf(steps - 0.5, scale=width)
+    )
+    both = torch.nn.functional.conv1d(single[None, None], single[None, None], padding=12)[0, 0]
+    # round(Z + U), Z of both ranks: the uniform number is integrated over.
+    shifts = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000 - 0.5
+    points = steps[:, None] + shifts
+    wide = math.sqrt(2) * width
+    rounded = norm.cdf(points + 0.5, scale=wide) - norm.cdf(points - 0.5, scale=wide)
+    error = float((both - torch.from_numpy(rounded.mean(axis=1))).abs().max())
+    assert error < math.exp(-(math.pi**2))
+
+
+def test_parts_in_low_precision_and_too_narrow_noise_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="float64"):
+        parts_of([numbers().float()] * 2)
+    with pytest.raises(ConfigurationError, match="steps of the grid"):
+        parts_of([numbers()] * 2, sigma=1e-8)
+
+
+def test_each_kind_of_world_has_its_grid() -> None:
+    plan: Any = SimpleNamespace(noise_multiplier=1.0)
     settings: Any = SimpleNamespace(secure_rounding=True)
-    with pytest.raises(UnsupportedOperationError, match="2 processes"):
-        noise_of(settings, plan, bytes(32), SimpleNamespace(world_size=2), {})  # type: ignore[arg-type]
+    layer = {"w": torch.nn.Parameter(torch.zeros(3))}
+    replicas, shards = World(), Shards()
+    replicas.size = shards.size = 4
+    spread, local = (noise_of(settings, plan, bytes(32), w, layer) for w in (replicas, shards))
+    assert (spread.sum_dtype, local.sum_dtype) == (torch.float64, torch.float32)

@@ -236,8 +236,18 @@ def test_a_recipe_is_explained(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in RECIPES if is_distributed(p)], ids=name_of)
 def test_a_distributed_recipe_runs_on_two_ranks(path, folder, given):
+    run_on_two_ranks(path, folder, given)
+
+
+@pytest.mark.slow
+def test_adapters_train_on_shards_of_the_base(folder, given):
+    path = ROOT / "recipes" / "distributed" / "qlora_ddp.yaml"
+    run_on_two_ranks(path, folder, given, "--trainer.strategy=private_fsdp")
+
+
+def run_on_two_ranks(path, folder, given, *more):
     processes = Processes()
-    words = ["fit", "--config", str(path), *given[name_of(path)], *TINY[name_of(path)]]
+    words = ["fit", "--config", str(path), *given[name_of(path)], *TINY[name_of(path)], *more]
     try:
         shown = processes.run(command, str(folder), words)
     finally:
