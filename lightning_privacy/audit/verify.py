@@ -114,7 +114,8 @@ def verify_trainer(  # noqa: PLR0913 - one argument for each thing that can be a
         directory: For checkpoints and journals, readable by every rank; a temporary one by default.
 
     Returns:
-        All checks, the same on every rank. An exception of the trainer is a failed audit, not an exception.
+        All checks, the same on every rank. An exception of the trainer is a failed audit, not an
+        exception.
     """
     base = ProbeSettings(
         steps=240,

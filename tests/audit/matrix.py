@@ -1,4 +1,4 @@
-"""The whole audit of the shipped trainer: seeds, modes, broken trainers, tightness.
+"""The whole audit of the shipped trainer: seeds, modes, ranks, broken trainers, tightness.
 
     python tests/audit/matrix.py --output docs/benchmarks/audit.md
 
@@ -20,6 +20,8 @@ import torch
 from lightning_privacy import DifferentialPrivacy
 from lightning_privacy.audit import trainer_tightness, verify_trainer
 from tests.audit.mutants import MUTANTS, SUBTLE, Mutant
+from tests.audit.rank_mutants import RANK_MUTANTS, result_of
+from tests.distributed.worlds import Processes
 
 MODES: dict[str, dict[str, Any]] = {
     "flat clipping, micro-batches of 4": {},
@@ -30,6 +32,11 @@ MODES: dict[str, dict[str, Any]] = {
     "micro-batches of one row": {"physical_batch_size": 1},
     "users of three rows": {"rows_of_a_user": 3},
     "users of six rows, over two micro-batches": {"rows_of_a_user": 6},
+}
+RANK_MODES: dict[str, dict[str, Any]] = {
+    name: settings
+    for name, settings in MODES.items()
+    if settings in ({}, {"adapters": True}, {"rows_of_a_user": 6})
 }
 CLAIMS = {
     "one step, all rows": {"noise_multiplier": 1.0, "steps": 1},
@@ -43,7 +50,7 @@ PAGE = """\
 `verify_trainer` fits a probe through `Trainer(callbacks=[DifferentialPrivacy(...)])` and looks at
 what is released: see [Check the promise yourself](../tutorials/check-the-promise.md). This page is
 what it says of the trainer of this repository, and of trainers that were broken on purpose. The
-whole took {seconds:.0f} seconds of one core.
+part in one process took {seconds:.0f} seconds of one core, that on two ranks {rank_seconds:.0f} s.
 
 ```shell
 python tests/audit/matrix.py --output docs/benchmarks/audit.md
@@ -56,6 +63,13 @@ python tests/audit/matrix.py --output docs/benchmarks/audit.md
 | mode | seeds | audits that failed |
 |---|---|---|
 {modes}
+
+On two ranks, `verify_trainer(DifferentialPrivacy, devices=2, strategy="private_ddp")` over gloo;
+{rank_checks} checks in each audit:
+
+| mode | seeds | audits that failed |
+|---|---|---|
+{rank_modes}
 
 ## How near the claim an attack comes
 
@@ -73,6 +87,14 @@ bounds at 95 per cent, δ = 1e-5. A gap is room for a bug that no check looks fo
 | what is broken | area | through | caught by |
 |---|---|---|---|
 {mutants}
+
+### Broken on two ranks
+
+{rank_caught} of {rank_total} were caught, all of them patches to the shipped source.
+
+| what is broken | area | caught by |
+|---|---|---|
+{rank_mutants}
 
 ## Survivors
 
@@ -99,13 +121,49 @@ def audited_mutants(mutants: dict[str, Mutant]) -> Iterator[tuple[bool, str]]:
         yield not audit.passed, row(name, mutant.area, mutant.seam, by or "**nothing**")
 
 
+def on_two_ranks(seeds: int) -> dict[str, Any]:
+    """Audits of the shipped trainer and of broken ones, in two processes."""
+    start, processes = time.monotonic(), Processes()
+    modes, failed, checks = [], 0, 0
+    for name, settings in RANK_MODES.items():
+        repeats = seeds if not settings else 1
+        found = [processes.run(result_of, None, {**settings, "seed": s})[0] for s in range(repeats)]
+        bad = [text for passed, _, _, text in found if not passed]
+        print("\n".join(bad), end="")
+        failed, checks = failed + len(bad), found[0][2]
+        modes.append(row(name, repeats, len(bad)))
+        print(modes[-1], flush=True)
+    mutants, survivors = [], []
+    for name, mutant in sorted(RANK_MUTANTS.items(), key=lambda item: (item[1].area, item[0])):
+        passed, reasons, _, _ = processes.run(result_of, name, {})[0]
+        mutants.append(row(name, mutant.area, "**nothing**" if passed else reasons[0]))
+        survivors += mutants[-1:] if passed else []
+        print("passed" if passed else "caught", name, flush=True)
+    processes.stop()
+    return {
+        "failed": failed,
+        "survivors": survivors,
+        "shown": {
+            "rank_checks": checks,
+            "rank_modes": "\n".join(modes),
+            "rank_mutants": "\n".join(mutants),
+            "rank_total": len(mutants),
+            "rank_caught": len(mutants) - len(survivors),
+            "rank_seconds": time.monotonic() - start,
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20, help="audits of the first mode")
+    parser.add_argument("--rank_seeds", type=int, default=5, help="the same on two ranks")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # Before anything else: they are forks of this process.
+    ranks = on_two_ranks(options.rank_seeds)
     start = time.process_time()
     modes, failed, checks = [], 0, 0
     for name, settings in MODES.items():
@@ -130,12 +188,15 @@ def main() -> None:
     results = list(audited_mutants(MUTANTS))
     subtle = list(audited_mutants(SUBTLE))
     survivors = [text for caught, text in results if not caught]
+    caught = len(results) - len(survivors)
+    survivors += ranks["survivors"]
     text = PAGE.format(
+        **ranks["shown"],
         seconds=time.process_time() - start,
         checks=checks,
         modes="\n".join(modes),
         claims="\n".join(claims),
-        caught=len(results) - len(survivors),
+        caught=caught,
         total=len(results),
         patches=sum(mutant.seam == "source" for mutant in MUTANTS.values()),
         mutants="\n".join(line for _, line in results),
@@ -145,7 +206,7 @@ def main() -> None:
     if options.output:
         options.output.write_text(text)
     print(text)
-    if failed or loose or survivors:
+    if failed or ranks["failed"] or loose or survivors:
         sys.exit(1)
 
 
