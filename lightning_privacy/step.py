@@ -25,6 +25,7 @@ from torch._utils import _unflatten_dense_tensors
 
 import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
 from lightning_privacy.clipping.capture import Capture
+from lightning_privacy.clipping.contributions import Dense
 from lightning_privacy.clipping.guards import LeakGuard
 from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.norms import ClippingRule, clipping_rule
@@ -201,6 +202,20 @@ class PrivateStep:
             self._settle()
         else:
             self._clip(found, self._units(), capture.buffer)
+
+    def contribute(self, gradients: Mapping[str, Tensor]) -> None:
+        """Clip and add units whose gradients are known, without forward and backward.
+
+        They are records like all others: under the same rule, sum, noise and accounting. Whoever
+        calls this has drawn them at the plan's rate, independently of everything else.
+
+        Args:
+            gradients: For some parameters, by name, ``[U, *shape]``; zero on all others.
+        """
+        self._settle()
+        one = next(iter(gradients.values()))
+        found: dict[str, list[Contribution]] = {n: [Dense(g)] for n, g in gradients.items()}
+        self._clip(found, Units.rows(one.new_ones(len(one)), 1.0))
 
     def _settle(self) -> None:
         """Clip the unit that was spread over micro-batches, unless the next one goes on with it."""

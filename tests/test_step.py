@@ -136,6 +136,23 @@ def test_an_empty_draw_releases_noise_alone(model: nn.Module) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_units_with_known_gradients_are_clipped_like_others(model: nn.Module) -> None:
+    """One of five clip norms counts as one clip norm, one of a half as it is."""
+    alone = total(model, X, clip_norm=2.0, expected_batch_size=4.0)
+    step = step_of(model, clip_norm=2.0, expected_batch_size=4.0)
+    run_micro_batch(step, model, squares, X)
+    known = torch.zeros(2, 8, 4)
+    known[0, 0, 0], known[1, 1, 2] = 10.0, 1.0
+    step.contribute({"0.weight": known})
+    found = released(step)
+    step.close()
+    change = {name: found[name] - alone[name] for name in found}
+    assert all(float(change[name].abs().max()) == 0 for name in change if name != "0.weight")
+    expected = torch.zeros(8, 4)
+    expected[0, 0], expected[1, 2] = 2.0 / 4, 1.0 / 4
+    torch.testing.assert_close(change["0.weight"], expected, atol=1e-4, rtol=0)
+
+
 def test_a_draw_without_any_micro_batch_still_gets_noise(model: nn.Module) -> None:
     step = step_of(model, noise_multiplier=1.0)
     assert norm(released(step)) > 0

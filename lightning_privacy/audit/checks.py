@@ -276,6 +276,35 @@ def public_constants_checks(recordings: list[Recording]) -> list[Check]:
     ]
 
 
+def rank_checks(recording: Recording, ranks: int) -> list[Check]:
+    """That all ranks took part, released the same and charged the same; none for one rank."""
+    if ranks == 1:
+        return []
+    others = recording.others
+    same = all(torch.equal(other.releases, recording.releases) for other in others)
+    charged = [(each.steps, each.epsilon) for each in (recording, *others)]
+    return [
+        Check(
+            name="as many ranks take part as there are devices",
+            passed=len(others) + 1 == ranks,
+            found=f"{len(others) + 1}",
+            expected=f"{ranks}",
+        ),
+        Check(
+            name="every rank steps on the same release",
+            passed=same,
+            found="equal to the last bit" if same else "other gradients on other ranks",
+            expected="equal to the last bit",
+        ),
+        Check(
+            name="every rank charges the same",
+            passed=len(set(charged)) == 1,
+            found=", ".join(f"{steps} steps, ε = {spent:.4f}" for steps, spent in charged),
+            expected="the same steps and ε",
+        ),
+    ]
+
+
 def _independent_epsilon(sigma: float, q: float, steps: int) -> float:
     from dp_accounting import dp_event
     from dp_accounting.pld import PLDAccountant

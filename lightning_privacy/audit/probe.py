@@ -1,4 +1,4 @@
-"""A module whose private steps can be read off, and short fits of it through the shipped path.
+"""A module whose private steps can be read off; `lightning_privacy.audit.fits` trains it.
 
 Each canary has coordinates of its own: row i of two tables ``a`` and ``b``. Its loss is a multiple
 of (a_i + b_i) / √2, far steeper than the clip norm, so that its clipped gradient is exactly the
@@ -9,22 +9,14 @@ standard deviation σ: each release shows who was drawn, how it was clipped and 
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import tempfile
-import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,17 +28,6 @@ SILENT, CANARY, HEAVY = 0, 1, 2
 _STEEP = 10.0
 _FAR = 1e3
 _FEWEST_ROWS = 32
-
-
-class Audited(Protocol):
-    """What is audited: makes the callback that makes a fit private, such as `DifferentialPrivacy`.
-
-    The callback must have ``plan``, ``steps`` and ``epsilon()``.
-    """
-
-    def __call__(self, **settings: Any) -> Any:
-        """Make the callback from the settings of `DifferentialPrivacy`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +87,7 @@ class Recording:
         epsilon: ε that it reports of them at δ = 1e-5.
         sample_rate: q of its plan.
         expected_batch_size: The normaliser of its plan.
+        others: What the other ranks of the fit saw.
     """
 
     releases: Tensor
@@ -115,6 +97,7 @@ class Recording:
     epsilon: float
     sample_rate: float
     expected_batch_size: float
+    others: tuple[Recording, ...] = ()
 
     @property
     def projections(self) -> Tensor:
@@ -189,7 +172,7 @@ class ProbeModule(pl.LightningModule):
         """Read what was released, before the optimizer uses it."""
         scale = self.settings.expected_batch_size / self.settings.clip_norm
         flat = [p.grad.double().flatten() for _, p in self.trained() if p.grad is not None]
-        self.seen.append(torch.cat(flat) * scale)
+        self.seen.append(torch.cat(flat).cpu() * scale)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Steps so small that heavy rows stay heavy."""
@@ -224,126 +207,3 @@ def probe_rows(settings: ProbeSettings) -> ProbeRows:
     rows = ProbeRows(torch.tensor(kinds)[order], torch.tensor(numbers)[order], x)
     rows.users = tuple(order.tolist())
     return rows
-
-
-@dataclass(kw_only=True, slots=True)
-class Probe:
-    """Fits the probe with what is audited.
-
-    Args:
-        audited: Makes the callback.
-        directory: For checkpoints and journals; a temporary one by default.
-    """
-
-    audited: Audited
-    directory: Path | None = None
-    _temporary: Any = field(default=None, init=False)
-
-    def __enter__(self) -> Self:
-        """Make the directory."""
-        if self.directory is None:
-            self._temporary = tempfile.TemporaryDirectory()
-            self.directory = Path(self._temporary.name)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        """Remove the temporary directory."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
-
-    def fit(self, settings: ProbeSettings, *, resume_after: int | None = None) -> Recording:
-        """One fit, or two with a checkpoint between them.
-
-        Args:
-            settings: What to fit.
-            resume_after: Stop and save after so many steps, and go on with everything new.
-
-        Returns:
-            What was released in all, and what the last callback said.
-        """
-        with isolate_rng(), _same_environment(), _quiet():
-            pl.seed_everything(settings.seed, verbose=False)
-            module = ProbeModule(settings)
-            if resume_after is None:
-                callback = self._run(module, settings, settings.steps)
-            else:
-                assert self.directory is not None
-                checkpoint = self.directory / f"probe-{id(module)}.ckpt"
-                self._run(module, settings, resume_after, save=checkpoint)
-                first, module = module.seen, ProbeModule(settings)
-                module.seen = first
-                callback = self._run(module, settings, settings.steps, resume=checkpoint)
-        return Recording(
-            releases=torch.stack(module.seen),
-            columns=module.columns(),
-            settings=settings,
-            steps=callback.steps,
-            epsilon=callback.epsilon(),
-            sample_rate=callback.plan.sample_rate,
-            expected_batch_size=callback.plan.expected_batch_size,
-        )
-
-    def _run(
-        self,
-        module: ProbeModule,
-        settings: ProbeSettings,
-        steps: int,
-        save: Path | None = None,
-        resume: Path | None = None,
-    ) -> Any:
-        callback = self.audited(
-            noise_multiplier=settings.noise_multiplier,
-            delta=1e-5,
-            clip_norm=settings.clip_norm,
-            expected_batch_size=settings.expected_batch_size,
-            dataset_size=settings.size,
-            clipping=settings.clipping,
-            print_table=False,
-            **settings.unit,
-        )
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=steps,
-            callbacks=[callback],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=self.directory,
-        )
-        rows = DataLoader(probe_rows(settings), batch_size=settings.physical_batch_size)
-        trainer.fit(module, rows, ckpt_path=resume)
-        if save is not None:
-            trainer.save_checkpoint(save)
-        return callback
-
-
-@contextmanager
-def _same_environment() -> Iterator[None]:
-    """`seed_everything` leaves its seed to processes that are started later."""
-    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        for name in names:
-            os.environ.pop(name, None)
-        os.environ.update(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning says of any short training."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

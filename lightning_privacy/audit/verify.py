@@ -19,11 +19,13 @@ from lightning_privacy.audit.checks import (
     clipping_checks,
     noise_checks,
     public_constants_checks,
+    rank_checks,
     rate_check,
     sampling_checks,
     seed_checks,
 )
-from lightning_privacy.audit.probe import Audited, Probe, ProbeSettings
+from lightning_privacy.audit.fits import Audited, Devices, Probe
+from lightning_privacy.audit.probe import ProbeSettings
 from lightning_privacy.metrics.functional.scores import Scores
 
 if TYPE_CHECKING:
@@ -73,6 +75,9 @@ def verify_trainer(  # noqa: PLR0913 - one argument for each thing that can be a
     physical_batch_size: int = 4,
     adapters: bool = False,
     rows_of_a_user: int = 1,
+    accelerator: str = "cpu",
+    devices: int = 1,
+    strategy: str = "auto",
     seed: int = 0,
     stop_at_failure: bool = False,
     directory: Path | None = None,
@@ -98,13 +103,19 @@ def verify_trainer(  # noqa: PLR0913 - one argument for each thing that can be a
         adapters: Train low-rank factors of frozen layers instead of the layers.
         rows_of_a_user: Above 1, units are users with so many rows each. With more rows than
             ``physical_batch_size`` every user is spread over micro-batches.
+        accelerator: As in `Trainer`.
+        devices: As in `Trainer`. With several, what all ranks together release is checked, and that
+            every rank releases and charges the same.
+        strategy: As in `Trainer`: "private_ddp" in a script that Lightning or torchrun starts once
+            for each device, "private_ddp_fork" in a notebook or a test.
         seed: What ``seed_everything`` gets before the fits. The draws and the noise do not follow
             from it: each audit is a new experiment.
         stop_at_failure: Leave the rest out after the first stage with a failure.
-        directory: For checkpoints and journals; a temporary one by default.
+        directory: For checkpoints and journals, readable by every rank; a temporary one by default.
 
     Returns:
-        All checks. An exception of the trainer is a failed audit, not an exception.
+        All checks, the same on every rank. An exception of the trainer is a failed audit, not an
+        exception.
     """
     base = ProbeSettings(
         steps=240,
@@ -115,8 +126,9 @@ def verify_trainer(  # noqa: PLR0913 - one argument for each thing that can be a
         copies=rows_of_a_user,
         seed=seed,
     )
+    where = Devices(accelerator=accelerator, devices=devices, strategy=strategy)
     checks: list[Check] = []
-    with Probe(audited=audited, directory=directory) as probe:
+    with Probe(audited=audited, where=where, directory=directory) as probe:
         try:
             for stage in _stages(probe, base):
                 checks += stage
@@ -131,11 +143,16 @@ def verify_trainer(  # noqa: PLR0913 - one argument for each thing that can be a
 def _stages(probe: Probe, base: ProbeSettings) -> Iterator[list[Check]]:
     noisy = replace(base, noise_multiplier=1.0, silent=base.size, steps=100)
     noise = probe.fit(noisy)
-    yield noise_checks(noise) + accounting_checks(noise, "in one fit")
+    ranks = probe.where.devices
+    yield [
+        *rank_checks(noise, ranks),
+        *noise_checks(noise),
+        *accounting_checks(noise, "in one fit"),
+    ]
 
     shown = replace(base, members=16, heavy=8)
     draws = probe.fit(shown)
-    yield clipping_checks(draws) + sampling_checks(draws)
+    yield [*rank_checks(draws, ranks), *clipping_checks(draws), *sampling_checks(draws)]
 
     yield seed_checks(noise, probe.fit(noisy), canaries=False)
     short = replace(shown, steps=12)
@@ -154,7 +171,11 @@ def _stages(probe: Probe, base: ProbeSettings) -> Iterator[list[Check]]:
     yield [*clipping_checks(few), rate_check(few)]
 
     resumed = probe.fit(replace(noisy, silent=2, steps=40), resume_after=20)
-    yield [*accounting_checks(resumed, "after a resume"), *noise_checks(resumed)]
+    yield [
+        *rank_checks(resumed, ranks),
+        *accounting_checks(resumed, "after a resume"),
+        *noise_checks(resumed),
+    ]
 
 
 def trainer_tightness(

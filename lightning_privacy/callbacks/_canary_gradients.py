@@ -8,7 +8,6 @@ gradients of the data; it only has no forward and backward of its own.
 from __future__ import annotations
 
 import math
-import secrets
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 
 from lightning_privacy.accounting import GaussianRelease
 from lightning_privacy.audit.bounds import neyman_pearson_scores
-from lightning_privacy.clipping.contributions import Dense
-from lightning_privacy.clipping.units import Units
 from lightning_privacy.errors import UnsupportedOperationError
-from lightning_privacy.noise import fresh_secret
 from lightning_privacy.sampling import PoissonSampler
+from lightning_privacy.strategies.base import is_sharded
 
 if TYPE_CHECKING:
+    from lightning_privacy.callbacks._canary_coins import Coins
     from lightning_privacy.callbacks.differential_privacy import DifferentialPrivacy
     from lightning_privacy.step import PrivateStep
 
@@ -42,15 +40,19 @@ class GradientCanaries:
         trainer: The trainer of the fit.
         privacy: The callback that makes it private.
         member: ``[m]`` which directions take part.
+        coins: Decide on directions and draws.
 
     Raises:
-        UnsupportedOperationError: Clipping by layer, of which each has a part of the norm; manual
-            optimization; or users whose examples are drawn one by one.
+        UnsupportedOperationError: Clipping by layer, of which each has a part of the norm; sharded
+            parameters; manual optimization; or users whose examples are drawn one by one.
     """
 
-    def __init__(self, trainer: Any, privacy: DifferentialPrivacy, member: Tensor) -> None:
+    def __init__(
+        self, trainer: Any, privacy: DifferentialPrivacy, member: Tensor, coins: Coins
+    ) -> None:
         _refuse(trainer, privacy)
         self._trainer, self._privacy, self._member = trainer, privacy, member
+        self._coins = coins
         self._name, self._parameter = "", nn.Parameter(torch.zeros(0))
         self._index, self._signs = torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0)
         self._sampler: PoissonSampler | None = None
@@ -66,7 +68,7 @@ class GradientCanaries:
         self._name = max(fitting, key=lambda name: trained[name].numel())
         self._parameter = trained[self._name]
         size, count = self._parameter.numel(), len(self._member)
-        generator = torch.Generator().manual_seed(secrets.randbits(64) - 2**63)
+        generator = self._coins.generator(b"directions")
         spread = min(_SPREAD, max(1, size // 2))
         index = [torch.randperm(size, generator=generator)[:spread] for _ in range(count)]
         self._index = torch.stack(index)
@@ -77,12 +79,12 @@ class GradientCanaries:
         included = int(self._member.sum())
         if included:
             self._sampler = PoissonSampler(
-                size=included, sample_rate=plan.sample_rate, secret=fresh_secret()
+                size=included, sample_rate=plan.sample_rate, secret=self._coins.secret(b"draws")
             )
         self._trainer.strategy.private_run.records = self.contribute
 
     def contribute(self, step: PrivateStep) -> None:
-        """Add the directions that this step draws.
+        """Add the directions that this step draws, each on one rank.
 
         Args:
             step: The private step, before its release.
@@ -92,14 +94,14 @@ class GradientCanaries:
         if self._sampler is None:
             return
         drawn, self._draws = self._sampler.draw(self._draws), self._draws + 1
-        chosen = self._member.nonzero()[:, 0][torch.as_tensor(drawn)]
+        world = self._coins.world
+        chosen = self._member.nonzero()[:, 0][torch.as_tensor(drawn[world.rank :: world.size])]
         if not len(chosen):
             return
         gradients = torch.zeros(len(chosen), self._parameter.numel())
         gradients.scatter_(1, self._index[chosen], _LONG * plan.clip_norm * self._signs[chosen])
         shaped = gradients.view(len(chosen), *self._parameter.shape).to(self._parameter.device)
-        # What the step itself calls with the gradients of a micro-batch.
-        step._clip({self._name: [Dense(shaped)]}, Units.rows(shaped.new_ones(len(chosen)), 1.0))
+        step.contribute({self._name: shaped})
 
     def observe(self) -> None:
         """Note how far a release went along each direction, in clip norms."""
@@ -126,7 +128,7 @@ def _refuse(trainer: Any, privacy: DifferentialPrivacy) -> None:
         name
         for name, wrong in {
             "clipping='per_layer'": settings.clipping == "per_layer",
-            "several processes": trainer.world_size > 1,
+            "sharded parameters": is_sharded(trainer.strategy),
             "manual optimization": not trainer.lightning_module.automatic_optimization,
             "user_sampling='examples'": settings.user_sampling == "examples",
         }.items()

@@ -1,4 +1,4 @@
-"""What a callback knows when its fit ran in processes that have ended since."""
+"""What callbacks know when their fit ran in processes that have ended since."""
 
 from __future__ import annotations
 
@@ -68,3 +68,46 @@ class Home:
             self._state.restore(luggage["state"], [], journal=False)
         self._state.planned_epsilon = luggage["planned_epsilon"]
         self._tally.load_state_dict(luggage["tally"])
+
+
+class Parcel:
+    """Values that Lightning passes on as they are: it takes collections apart to move tensors.
+
+    Args:
+        contents: What is passed on.
+    """
+
+    def __init__(self, contents: dict[str, Any]) -> None:
+        self.contents = contents
+
+
+class Results:
+    """Brings home what a callback has found, as rank 0 found it.
+
+    Args:
+        owner: The callback.
+        names: Its attributes; they are None, or empty, until a fit has found something.
+    """
+
+    def __init__(self, owner: Any, *names: str) -> None:
+        self._owner, self._names = owner, names
+
+    def leave(self) -> None:
+        """Nothing to do: what was found before is shown until something else comes home."""
+
+    def luggage(self) -> Parcel:
+        """Pack what was found.
+
+        Returns:
+            The attributes; no secret.
+        """
+        return Parcel({name: getattr(self._owner, name) for name in self._names})
+
+    def come_home(self, luggage: Parcel) -> None:
+        """Unpack it.
+
+        Args:
+            luggage: What `luggage` returned there.
+        """
+        for name, value in luggage.contents.items():
+            setattr(self._owner, name, value)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import secrets
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_privacy.audit.membership import MembershipFigures, membership_figures
+from lightning_privacy.callbacks._canary_coins import Coins
 from lightning_privacy.callbacks._canary_gradients import GradientCanaries
 from lightning_privacy.callbacks._canary_rows import InsertsRows
 from lightning_privacy.callbacks._canary_texts import TextCanaries
+from lightning_privacy.callbacks._home import Results
 from lightning_privacy.callbacks._scoring import ExampleLosses
 from lightning_privacy.callbacks.privacy_report import privacy_of
 from lightning_privacy.errors import ConfigurationError, GuaranteeError, UnsupportedOperationError
 from lightning_privacy.metrics.functional import epsilon_lower_bound
 from lightning_privacy.reports import Finding
+from lightning_privacy.strategies.kinds import joined
 from lightning_privacy.types import one_of, real_number, whole_number
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ class Canaries(InsertsRows):
 
     The coins and the canaries are drawn from the operating system's randomness, kept in memory
     only, and in no checkpoint; so a fit that goes on from a checkpoint cannot be audited. Rates are
-    computed as if half of the canaries were in, whatever the coins said.
+    computed as if half of the canaries were in, whatever the coins said. All processes of a fit
+    throw the same coins, and find the same; each canary is drawn in one of them.
 
     Canaries cost usefulness: random texts are learnt from like others. Audit in a run of its own.
 
@@ -136,8 +139,12 @@ class Canaries(InsertsRows):
         self._member = torch.zeros(0, dtype=torch.bool)
         self._gradients: GradientCanaries | None = None
         self._texts: TextCanaries | None = None
+        self._coins: Coins | None = None
+        self.home = Results(self, "result")
 
-    def __reduce__(self) -> NoReturn:
+    def __getstate__(self) -> dict[str, Any]:
+        if self._coins is None:
+            return self.__dict__
         raise GuaranteeError(
             must="which canaries are in the data stays in the process that decided it",
             found="an attempt to pickle or copy a Canaries callback",
@@ -153,12 +160,11 @@ class Canaries(InsertsRows):
             return
         privacy = privacy_of(trainer, self)
         _refuse_tiers(privacy)
-        _refuse_processes(trainer.world_size)
         self.result, self._rows, self._gradients = None, (), None
-        coins = secrets.randbits(self.count)
-        self._member = torch.tensor([bool(coins >> place & 1) for place in range(self.count)])
+        self._coins = Coins(joined(trainer.strategy))
+        self._member = self._coins.thrown(self.count)
         if self.kind == "gradient":
-            self._gradients = GradientCanaries(trainer, privacy, self._member)
+            self._gradients = GradientCanaries(trainer, privacy, self._member, self._coins)
         elif self._given is None:
             self._texts = self._maker(getattr(trainer, "datamodule", None))
 
@@ -208,7 +214,9 @@ class Canaries(InsertsRows):
         plan = privacy.plan
         if plan is None or not privacy.steps or not 2 <= int(self._member.sum()) <= self.count - 2:
             return
-        scores = self._scores()
+        assert self._coins is not None
+        # Replicas may differ in the last bits of a loss: what rank 0 finds counts.
+        scores = torch.tensor(self._coins.world.from_first(self._scores().tolist()))
         bound = float(
             epsilon_lower_bound(
                 scores,
@@ -216,7 +224,7 @@ class Canaries(InsertsRows):
                 delta=plan.delta,
                 method="one_run",
                 significance=self.significance,
-                seed=secrets.randbits(31),
+                seed=self._coins.number(b"ties") % 2**31,
             )
         )
         claimed = privacy.epsilon()
@@ -227,7 +235,7 @@ class Canaries(InsertsRows):
             delta=plan.delta,
             refuted=bound > claimed,
         )
-        if self.result.refuted:
+        if self.result.refuted and trainer.is_global_zero:
             warnings.warn(self._refutation(self.result), stacklevel=2)
 
     def findings(self) -> list[Finding]:
@@ -266,10 +274,8 @@ class Canaries(InsertsRows):
         return TextCanaries(tokens=ordinary, new_tokens=new, length=self.length)
 
     def _made(self, dataset: Any) -> list[Any]:
-        assert self._texts is not None
-        # Decided by nobody who sees the data: 64 bits of the operating system.
-        generator = torch.Generator().manual_seed(secrets.randbits(64) - 2**63)
-        return self._texts.rows(self.count, dataset[0], generator)
+        assert self._texts is not None and self._coins is not None  # noqa: PT018 - no test
+        return self._texts.rows(self.count, dataset[0], self._coins.generator(b"rows"))
 
     def _refutation(self, found: CanaryAudit) -> str:
         return _REFUTED.format(
@@ -287,14 +293,4 @@ def _refuse_tiers(privacy: DifferentialPrivacy) -> None:
             found="individual budgets, under which a canary would need a tier",
             cost="a claim that is not the canaries' own",
             remedy="leave Canaries out, or audit a run without tiers",
-        )
-
-
-def _refuse_processes(world_size: int) -> None:
-    if world_size > 1:
-        raise UnsupportedOperationError(
-            must="one process throws the coins of all canaries",
-            found=f"{world_size} processes, each with coins of its own",
-            cost="data that differ from process to process",
-            remedy="audit a run on one device: Trainer(devices=1)",
         )

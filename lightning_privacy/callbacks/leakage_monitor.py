@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_privacy.audit.membership import MembershipFigures, membership_figures
 from lightning_privacy.callbacks._canary_rows import without_canaries
+from lightning_privacy.callbacks._home import Results
 from lightning_privacy.callbacks._scoring import ExampleLosses
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.reports import Finding
@@ -87,6 +88,7 @@ class LeakageMonitor(Callback):
         self.held_out, self.losses, self.seed = held_out, losses, seed
         self.history: list[tuple[int, tuple[MembershipFigures, ...]]] = []
         self._sides: tuple[_Side, _Side] | None = None
+        self.home = Results(self, "history")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

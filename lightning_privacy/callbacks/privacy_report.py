@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from lightning_privacy.accounting.rounding import shown_epsilon
+from lightning_privacy.callbacks._home import Results
 from lightning_privacy.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.reports import (
@@ -64,6 +65,7 @@ class PrivacyReport(Callback):
         self.page: Path | None = None
         self._losses: list[tuple[int, Tensor]] = []
         self._stride = 1
+        self.home = Results(self, "page")
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

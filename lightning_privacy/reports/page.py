@@ -182,7 +182,10 @@ def _spans_decades(values: Sequence[float]) -> bool:
 
 def _questions(record: Record) -> str:
     sources = dict.fromkeys(one["source"] for one in record["questions"])
-    text = "<p>What published guidance asks of a claim, in its words.</p>"
+    text = (
+        "<p>What published guidance asks of a claim: the items of section 5.3 of the paper in our "
+        "words, the parts of NIST&rsquo;s pyramid by their names.</p>"
+    )
     for source in sources:
         rows = [[q["item"], q["answer"]] for q in record["questions"] if q["source"] == source]
         text += f"<h3>{escape(source)}</h3>" + _rows(rows)

@@ -1,8 +1,10 @@
-"""What published guidance asks of a privacy claim, in its words, and what a run can answer.
+"""What published guidance asks of a privacy claim, and what a run can answer.
 
-Two lists: section 5.3.3 of "How to DP-fy ML" (Ponomareva et al. 2023, arXiv 2303.00654), and the
-parts of the pyramid in NIST SP 800-226, "Guidelines for Evaluating Differential Privacy Guarantees"
-(Near, Darais, Lefkovitz and Howarth, 2025).
+Two lists. Section 5.3 of "How to DP-fy ML" (Ponomareva et al. 2023, JAIR; arXiv 2303.00654) says
+what to report beside an ε; its items stand here in our own words. NIST SP 800-226, "Guidelines for
+Evaluating Differential Privacy Guarantees" (Near, Darais, Lefkovitz and Howarth, March 2025),
+evaluates a guarantee by the parts of a pyramid, from the top (its section 2) to the bottom (its
+section 4); they have the names that it gives them.
 """
 
 from __future__ import annotations
@@ -50,19 +52,19 @@ def _dp_fy_ml(summary: PrivacySummary, facts: RunFacts) -> dict[str, str]:
     plan, words = summary.plan, facts.statements
     described = plan.describe()
     return {
-        "DP setting": "Central DP: one party holds the raw data and is trusted to run the "
-        "mechanism correctly. " + words.trust_model,
-        "Data accesses covered": "This training run alone. " + _tuning(facts),
-        "Final mechanism output": "The guarantee holds for all intermediate weights, and so for "
-        "any checkpoint. Released: " + (words.released or NOT_STATED.lower()),
+        "Who is trusted with the raw data": "Central DP: one party holds the raw data and is "
+        "trusted to run the mechanism correctly. " + words.trust_model,
+        "Which uses of the data are covered": "This training run alone. " + _tuning(facts),
+        "Which outputs are covered, and which are released": "The guarantee holds for all "
+        "intermediate weights, and so for any checkpoint. Released: "
+        + (words.released or NOT_STATED.lower()),
         "Unit of privacy": _unit(plan),
-        "Adjacency definition for “neighbouring” datasets": described["neighbours"].capitalize()
-        + ".",
-        "Type of accounting used": _accounting(plan),
-        "Accounting assumptions, and whether they hold": _assumptions(plan),
-        "Formal DP statement for the final model": _statement(summary),
-        "Formal DP statement for the tuning process": _tuning(facts),
-        "Transparency and verifiability": f"{_REPOSITORY} {words.code}".strip(),
+        "When two data sets are neighbours": described["neighbours"].capitalize() + ".",
+        "Kind of accounting": _accounting(plan),
+        "What the accounting assumes, and whether it holds": _assumptions(plan),
+        "Formal statement for the final model": _statement(summary),
+        "Formal statement for the choice of hyperparameters": _tuning(facts),
+        "How the claim can be checked": f"{_REPOSITORY} {words.code}".strip(),
     }
 
 
@@ -77,10 +79,10 @@ def _nist(summary: PrivacySummary, facts: RunFacts) -> dict[str, str]:
         f"Rounding is counted as a longer contribution, by {plan.precision_slack:g} of it.",
         "Utility": words.utility,
         "Bias": words.bias,
-        "Trust model": words.trust_model or "Central: whoever trains sees the raw data.",
-        "Side channels and security": "Noise and draws come from secrets of the operating system "
-        "that are stored nowhere. Timing and memory use are not protected.",
         "Access control": words.access_control,
+        "Trust models": words.trust_model or "Central: whoever trains sees the raw data.",
+        "Side channels": "Noise and draws come from secrets of the operating system that are "
+        "stored nowhere. Timing and memory use are not protected.",
         "Data collection exposure": words.data_collection,
     }
 

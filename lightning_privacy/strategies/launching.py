@@ -26,7 +26,7 @@ class ReturningLauncher(_MultiProcessingLauncher):
 
     @override
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **named: Any) -> Any:
-        """Mark the privacy callback as away until its state has come home."""
+        """Mark callbacks as away until what they know has come home."""
         for callback in _travellers(trainer):
             callback.home.leave()
         return super().launch(function, *args, trainer=trainer, **named)

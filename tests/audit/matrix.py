@@ -1,4 +1,4 @@
-"""The whole audit of the shipped trainer: seeds, modes, broken trainers, tightness.
+"""The whole audit of the shipped trainer: seeds, modes, ranks, broken trainers, tightness.
 
     python tests/audit/matrix.py --output docs/benchmarks/audit.md
 
@@ -20,6 +20,8 @@ import torch
 from lightning_privacy import DifferentialPrivacy
 from lightning_privacy.audit import trainer_tightness, verify_trainer
 from tests.audit.mutants import MUTANTS, SUBTLE, Mutant
+from tests.audit.rank_mutants import RANK_MUTANTS, result_of
+from tests.distributed.worlds import Processes
 
 MODES: dict[str, dict[str, Any]] = {
     "flat clipping, micro-batches of 4": {},
@@ -30,6 +32,11 @@ MODES: dict[str, dict[str, Any]] = {
     "micro-batches of one row": {"physical_batch_size": 1},
     "users of three rows": {"rows_of_a_user": 3},
     "users of six rows, over two micro-batches": {"rows_of_a_user": 6},
+}
+RANK_MODES: dict[str, dict[str, Any]] = {
+    name: settings
+    for name, settings in MODES.items()
+    if settings in ({}, {"adapters": True}, {"rows_of_a_user": 6})
 }
 CLAIMS = {
     "one step, all rows": {"noise_multiplier": 1.0, "steps": 1},
@@ -43,7 +50,7 @@ PAGE = """\
 `verify_trainer` fits a probe through `Trainer(callbacks=[DifferentialPrivacy(...)])` and looks at
 what is released: see [Check the promise yourself](../tutorials/check-the-promise.md). This page is
 what it says of the trainer of this repository, and of trainers that were broken on purpose. The
-whole took {seconds:.0f} seconds of one core.
+part in one process took {seconds:.0f} seconds of one core.
 
 ```shell
 python tests/audit/matrix.py --output docs/benchmarks/audit.md
@@ -84,6 +91,25 @@ These are below the resolution of the audit:
 |---|---|---|---|
 {subtle}
 """
+RANKS = """\
+## On two ranks
+
+`verify_trainer(DifferentialPrivacy, devices=2, strategy="private_ddp")`, two processes over gloo on
+the CPU; {checks} checks in each audit. It took {seconds:.0f} seconds.
+
+| mode | seeds | audits that failed |
+|---|---|---|
+{modes}
+
+### Broken on two ranks
+
+{caught} of {total} were caught, all of them patches to the shipped source.
+
+| what is broken | area | caught by |
+|---|---|---|
+{mutants}
+"""
+MARK = RANKS.splitlines()[0]
 
 
 def row(*cells: object) -> str:
@@ -99,23 +125,48 @@ def audited_mutants(mutants: dict[str, Mutant]) -> Iterator[tuple[bool, str]]:
         yield not audit.passed, row(name, mutant.area, mutant.seam, by or "**nothing**")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=20, help="audits of the first mode")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def on_two_ranks(seeds: int) -> tuple[str, bool]:
+    """Audits of the shipped trainer and of broken ones, in two processes."""
+    start, processes = time.monotonic(), Processes()
+    modes, failed, checks = [], 0, 0
+    for name, settings in RANK_MODES.items():
+        repeats = seeds if not settings else 1
+        found = [processes.run(result_of, None, {**settings, "seed": s})[0] for s in range(repeats)]
+        bad = [text for passed, _, _, text in found if not passed]
+        print("\n".join(bad), end="")
+        failed, checks = failed + len(bad), found[0][2]
+        modes.append(row(name, repeats, len(bad)))
+        print(modes[-1], flush=True)
+    mutants, caught = [], 0
+    for name, mutant in sorted(RANK_MUTANTS.items(), key=lambda item: (item[1].area, item[0])):
+        passed, reasons, _, _ = processes.run(result_of, name, {})[0]
+        caught += not passed
+        mutants.append(row(name, mutant.area, "**nothing**" if passed else reasons[0]))
+        print(mutants[-1], flush=True)
+    processes.stop()
+    text = RANKS.format(
+        checks=checks,
+        seconds=time.monotonic() - start,
+        modes="\n".join(modes),
+        caught=caught,
+        total=len(mutants),
+        mutants="\n".join(mutants),
+    )
+    return text, not failed and caught == len(mutants)
+
+
+def in_one_process(seeds: int) -> tuple[str, bool]:
+    """The same in this process, and how near the claim an attack comes."""
     start = time.process_time()
     modes, failed, checks = [], 0, 0
     for name, settings in MODES.items():
-        seeds = range(options.seeds if not settings else 3)
-        audits = [verify_trainer(DifferentialPrivacy, seed=seed, **settings) for seed in seeds]
+        repeats = range(seeds if not settings else 3)
+        audits = [verify_trainer(DifferentialPrivacy, seed=seed, **settings) for seed in repeats]
         bad = [audit for audit in audits if not audit.passed]
         for audit in bad:
             print(audit)
         failed, checks = failed + len(bad), len(audits[0].checks)
-        modes.append(row(name, len(seeds), len(bad)))
+        modes.append(row(name, len(repeats), len(bad)))
         print(modes[-1], flush=True)
     claims, loose = [], 0
     for name, settings in CLAIMS.items():
@@ -142,10 +193,33 @@ def main() -> None:
         survivors="\n".join(survivors) or "None of the above.",
         subtle="\n".join(line for _, line in subtle),
     )
+    return text, not (failed or loose or survivors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20, help="audits of the first mode")
+    parser.add_argument("--rank_seeds", type=int, default=5, help="the same on two ranks")
+    parser.add_argument("--only", choices=["one", "ranks"], help="keep the rest of the page")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    page = options.output.read_text() if options.only else ""
+    one, _, ranks = page.partition(MARK)
+    ranks, good = MARK + ranks, []
+    # First, because they are forks of this process.
+    if options.only != "one":
+        ranks, passed = on_two_ranks(options.rank_seeds)
+        good.append(passed)
+    if options.only != "ranks":
+        one, passed = in_one_process(options.seeds)
+        good.append(passed)
+    text = f"{one.rstrip()}\n\n{ranks}"
     if options.output:
         options.output.write_text(text)
     print(text)
-    if failed or loose or survivors:
+    if not all(good):
         sys.exit(1)
 
 

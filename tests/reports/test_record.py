@@ -91,7 +91,9 @@ def test_what_cannot_be_plotted_is_left_out(record: dict[str, Any]) -> None:
 def test_both_lists_of_questions_are_answered(record: dict[str, Any]) -> None:
     asked = {(one["source"], one["item"]): one["answer"] for one in record["questions"]}
     assert all(asked.values())
-    assert "Poisson" in asked["How to DP-fy ML", "Accounting assumptions, and whether they hold"]
+    assert (
+        "Poisson" in asked["How to DP-fy ML", "What the accounting assumes, and whether it holds"]
+    )
     assert asked["NIST SP 800-226", "Bias"] == "Not stated by the people behind this run."
     stated = privacy_record(summary(), RunFacts(statements=Statements(bias="dialects: untested")))
     answers = [one["answer"] for one in stated["questions"]]
@@ -102,7 +104,7 @@ def test_a_ledger_answers_what_tuning_cost(spent: PrivacySummary) -> None:
     ledger = {"dataset": "codes", "runs": 3, "epsilon": "5.1", "budget": 8.0, "delta": 1e-6}
     record = privacy_record(spent, RunFacts(ledger=ledger))
     asked = {one["item"]: one["answer"] for one in record["questions"]}
-    tuning = asked["Formal DP statement for the tuning process"]
+    tuning = asked["Formal statement for the choice of hyperparameters"]
     assert "5.1" in tuning
     assert tuning.endswith("3. Others are not in it.")
 
