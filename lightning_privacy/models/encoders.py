@@ -114,7 +114,9 @@ class ModalityEncoder(nn.Module):
         self.summary, self.width = summary, width
         # What all places share says nothing of this example.
         self.norm = nn.GroupNorm(hidden_size, hidden_size) if summary else nn.Identity()
-        inputs, outputs = (hidden_size * places, width * summary) if summary else (hidden_size, width)
+        inputs, outputs = (
+            (hidden_size * places, width * summary) if summary else (hidden_size, width)
+        )
         self.projection = nn.Linear(inputs, outputs)
         self.absent = nn.Parameter(torch.zeros(width))
 
@@ -172,7 +174,7 @@ def audio_encoder(settings: AudioSettings, width: int) -> ModalityEncoder:
     """
     sizes = [settings.features, *[settings.hidden_size] * settings.layers]
     layers: list[nn.Module] = []
-    for kernel, (inputs, outputs) in zip(_KERNELS, pairwise(sizes)):
+    for kernel, (inputs, outputs) in zip(_KERNELS, pairwise(sizes), strict=False):
         layers += [
             nn.Conv1d(inputs, outputs, kernel, stride=2, padding=kernel // 2),
             nn.GroupNorm(_GROUPS, outputs),

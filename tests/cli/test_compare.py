@@ -100,28 +100,28 @@ def test_another_model_is_refused(capsys):
 def test_a_model_that_another_process_trains_is_left_to_it(tmp_path):
     full = ablated([8.0])[0]
     with FileLock(tmp_path / "full-eps8-seed0.lock"):
-        arguments = [*SMALL], full, 0, tmp_path, lambda done, planned: None
+        arguments = SMALL, full, 0, tmp_path, lambda done, planned: None
         assert outcome_of(*arguments, wait=False) is None
     assert not (tmp_path / "full-eps8-seed0").exists()
 
 
 @pytest.mark.slow
 def test_processes_share_the_models_of_a_table(tmp_path):
-    words = ["ablate", *SMALL, "--seeds", "0", "1", "--output", "out"]
+    words = ["ablate", *SMALL, "--seeds", "0", "--output", "out"]
     command = [sys.executable, "-m", "lightning_privacy", *words]
     environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
     shown = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0]
-    assert sum(text.count("STUDY MODE") for text in shown) == 4
+    assert [process.returncode for process in started] == [0, 0]
+    assert sum(text.count("STUDY MODE") for text in shown) == 2
     tables = [text[text.index("Mean ±") :] for text in shown]
-    assert tables[0] == tables[1] == tables[2]
-    assert len(list((tmp_path / "out").glob("*/outcome.json"))) == 8
+    assert tables[0] == tables[1]
+    assert len(list((tmp_path / "out").glob("*/outcome.json"))) == 4
     with (tmp_path / "out" / "ablate.csv").open() as file:
-        assert [row["seed"] for row in csv.DictReader(file)] == ["0", "1"] * 4
+        assert [row["seed"] for row in csv.DictReader(file)] == ["0"] * 4
 
 
 @pytest.mark.slow
