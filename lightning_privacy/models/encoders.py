@@ -51,8 +51,9 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        _require(self, 1, "channels", "grid", "layers")
+        _require(self, 1, "channels", "layers")
         _require(self, 0, "summary")
+        _require(self, 2 if self.summary else 1, "grid")
         _require_groups(self.hidden_size, 2 * _GROUPS)
 
     @property
@@ -85,8 +86,9 @@ class AudioSettings:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        _require(self, 1, "features", "tokens")
+        _require(self, 1, "features")
         _require(self, 0, "layers", "summary")
+        _require(self, 2 if self.summary else 1, "tokens")
         _require_groups(self.hidden_size, _GROUPS)
 
     @property
