@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_privacy import DifferentialPrivacy
-from lightning_privacy.data import GlyphCorpus, GlyphsAndTones
 from lightning_privacy.clipping import per_example_gradients
+from lightning_privacy.data import GlyphCorpus, GlyphsAndTones
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.models import (
     AudioSettings,
