@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _GROUPS = 4
-# Frames that a convolution over time sees; the first one sees more.
-_KERNELS = (5, *[3] * 15)
 _COST = "There would be no such encoder."
 
 
@@ -176,7 +174,8 @@ def audio_encoder(settings: AudioSettings, width: int) -> ModalityEncoder:
     """
     sizes = [settings.features, *[settings.hidden_size] * settings.layers]
     layers: list[nn.Module] = []
-    for kernel, (inputs, outputs) in zip(_KERNELS, pairwise(sizes), strict=False):
+    for place, (inputs, outputs) in enumerate(pairwise(sizes)):
+        kernel = 3 if place else 5
         layers += [
             nn.Conv1d(inputs, outputs, kernel, stride=2, padding=kernel // 2),
             nn.GroupNorm(_GROUPS, outputs),

@@ -6,6 +6,9 @@ import csv
 import statistics
 from collections import defaultdict
 
+import pytest
+
+from lightning_privacy.reports.outcomes import markdown, read_csv
 from tests.docs.pages import ROOT
 
 FOLDER = ROOT / "docs" / "benchmarks"
@@ -22,3 +25,8 @@ def test_the_table_of_users_is_that_of_its_figures() -> None:
         rows = [line for line in page.splitlines() if line.startswith(f"| {method} |")]
         assert cell in (rows[0] if rows else page), (method, epsilon)
         assert len(values) == 3
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("multimodal_*.csv")), ids=lambda path: path.stem)
+def test_a_table_of_models_is_that_of_its_outcomes(path) -> None:
+    assert markdown(read_csv(path)) in (FOLDER / "multimodal.md").read_text()
