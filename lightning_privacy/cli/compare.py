@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_privacy.cli.comparison import without_announcements
-from lightning_privacy.cli.experiment import VariantFit
+from lightning_privacy.cli.experiment import outcome_of
 from lightning_privacy.cli.tables import print_table
 from lightning_privacy.cli.training import read_config, without_noise_of_others
 from lightning_privacy.cli.variants import Variant, ablated, compared
@@ -54,6 +54,8 @@ def run_table(command: Command, words: Sequence[str]) -> None:
     """Train every model of a table with every seed, and print and save it.
 
     A model whose outcome is in the output folder, under the same recipe, is not trained again.
+    Processes with the same options and the same folder share the work: each trains models that no
+    other has taken, waits for the rest, and prints the whole table.
 
     Args:
         command: Which table.
@@ -144,28 +146,30 @@ def _trained(
 ) -> list[Outcome]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    outcomes = []
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [(seed, variant) for seed in seeds for variant in variants]
+    found: dict[tuple[int, int], Outcome] = {}
     with ExitStack() as stack:
         stack.enter_context(without_announcements())
         stack.enter_context(without_noise_of_others())
         columns: tuple[Any, ...] = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bars = stack.enter_context(Progress("{task.description}", *columns))
-        runs = bars.add_task("models", total=len(variants) * len(seeds))
-        for seed in seeds:
-            for variant in variants:
+        runs = bars.add_task("models", total=len(waiting))
+        # First what no other process has taken; then what others have, when they are done with it.
+        for wait in (False, True):
+            for seed, variant in waiting:
                 steps = bars.add_task(f"{variant.name}, seed {seed}", total=None)
 
                 def progress(done: int, planned: int, steps: Any = steps) -> None:
                     bars.update(steps, completed=done, total=planned)
 
-                outcome = VariantFit(list(recipe), variant, seed, folder, progress).outcome
-                assert outcome is not None
-                outcomes.append(outcome)
+                outcome = outcome_of(list(recipe), variant, seed, folder, progress, wait=wait)
                 bars.remove_task(steps)
-                bars.advance(runs)
-    order = {id(variant): place for place, variant in enumerate(variants)}
-    by_row = sorted(enumerate(outcomes), key=lambda pair: pair[0] % len(order))
-    return [outcome for _, outcome in by_row]
+                if outcome is not None:
+                    found[variants.index(variant), seed] = outcome
+                    bars.advance(runs)
+            waiting = [(s, v) for s, v in waiting if (variants.index(v), s) not in found]
+    return [found[place, seed] for place in range(len(variants)) for seed in seeds]
 
 
 def _save(command: Command, outcomes: list[Outcome], folder: Path) -> None:

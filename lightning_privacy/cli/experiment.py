@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
 
@@ -29,6 +30,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_privacy.data import MultimodalDataset
+
+
+def outcome_of(
+    words: list[str],
+    variant: Variant,
+    seed: int,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    *,
+    wait: bool,
+) -> Outcome | None:
+    """Train a model of a table, unless its outcome is there already.
+
+    Args:
+        words: Options of ``fit``.
+        variant: What is changed.
+        seed: Of the initial weights, and of who is held out.
+        folder: Where logs and outcome go.
+        progress: Called after each step with the steps made and those planned.
+        wait: Whether to wait for another process that trains the same model.
+
+    Returns:
+        What the model reached; None if another process trains it and is not to be waited for.
+    """
+    lock = FileLock(folder / f"{_slug(variant)}-seed{seed}.lock", blocking=wait)
+    try:
+        with lock:
+            return VariantFit(words, variant, seed, folder, progress).outcome
+    except Timeout:
+        return None
 
 
 class VariantFit(PrivacyCLI):

@@ -79,11 +79,11 @@ def compared(
     learning_rate: float | None = None,
     batch_size: int | None = None,
 ) -> list[Variant]:
-    """List the models of the paper's Table 2, and each modality alone.
+    """List the models of the paper's Table 2, and image and sound alone.
 
     Args:
         modalities: What the recipe's model reads.
-        epsilons: Budgets of the private model.
+        epsilons: Budgets of the private model; with the first one it also reads one modality alone.
         learning_rate: Of the models that are not private; None for the recipe's.
         batch_size: Of the models that are not private; None for the recipe's.
 
@@ -97,14 +97,22 @@ def compared(
         learning_rate=learning_rate,
         batch_size=batch_size,
     )
-    found = [replace(plain, name="Llama baseline (text)", modalities=("text",)), plain]
-    if len(modalities) > 1:
-        found += [
-            replace(plain, name=f"Non-PrivNet, {name} alone", modalities=(name,))
-            for name in modalities
-            if name != "text"
-        ]
-    return found + [Variant(name="PrivacyPreserveNet", epsilon=value) for value in epsilons]
+    private = [Variant(name="PrivacyPreserveNet", epsilon=value) for value in epsilons]
+    return [
+        replace(plain, name="Llama baseline (text)", modalities=("text",)),
+        plain,
+        *_alone(plain, modalities),
+        *private,
+        *_alone(private[0], modalities),
+    ]
+
+
+def _alone(variant: Variant, modalities: Sequence[str]) -> list[Variant]:
+    return [
+        replace(variant, name=f"{variant.name}, {name} alone", modalities=(name,))
+        for name in modalities
+        if name != "text" and len(modalities) > 1
+    ]
 
 
 def ablated(epsilons: Sequence[float]) -> list[Variant]:

@@ -30,7 +30,8 @@ _COST = "Images or sounds that the model was not made for."
 _REMEDY = "Give such a value."
 # Of a mel spectrogram in decibels below the loudest that 16 bits allow; silence lies at the floor.
 _FLOOR_DB, _MIDDLE_DB, _SPREAD_DB = -80.0, -40.0, 20.0
-# Cepstral coefficients of such a spectrogram spread over about so many decibels.
+# The first cepstral coefficient of such a spectrogram spreads over about so many decibels, the
+# others over less and less.
 _CEPSTRAL_SPREAD_DB = 60.0
 
 
@@ -282,7 +283,8 @@ class AudioTransform:
         decibels = 10 * np.log10(np.maximum(power / loud, 10 ** (_FLOOR_DB / 10)))
         if self.features == "mfcc":
             cepstrum = librosa.feature.mfcc(S=decibels - _MIDDLE_DB, n_mfcc=self.coefficients)
-            return torch.from_numpy((cepstrum / _CEPSTRAL_SPREAD_DB).astype(np.float32))
+            spread = _CEPSTRAL_SPREAD_DB / np.sqrt(1.0 + np.arange(self.coefficients))[:, None]
+            return torch.from_numpy((cepstrum / spread).astype(np.float32))
         return torch.from_numpy(((decibels - _MIDDLE_DB) / _SPREAD_DB).astype(np.float32))
 
     @property

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_privacy.models._loading import Task
 
 Modality = Literal["text", "image", "audio"]
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "modalities", "last"]
 
 
 class PrivacyPreserveNet(TrainedOnly, TextModule):
@@ -63,8 +63,9 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
         pretrained: A large one in its place, quantised and with adapters.
         image: Sizes of the image encoder.
         audio: Sizes of the audio encoder.
-        pooling: What a class is read from: the ``"mean"`` of all states of the example, or its
-            ``"last"`` one.
+        pooling: What a class is read from: the ``"mean"`` of all states of the example; the mean of
+            its ``"modalities"``, each of which weighs as much as another, however many tokens it
+            has; or the ``"last"`` state.
         initial_weights: A checkpoint of this class, possibly with another task, whose encoders and
             decoder a fit starts from.
         learning_rate: Peak learning rate.
@@ -120,7 +121,7 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
     @property
     def prefix(self) -> int:
         """P, how many tokens stand before the text."""
-        return sum(self._settings[name].tokens for name in self.others)
+        return sum(self._settings[name].length for name in self.others)
 
     @property
     def limits(self) -> dict[str, int]:
@@ -206,22 +207,24 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
         dtype = parts[-1].dtype
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
-    def _kept(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """``[B, P + T]`` which places are the example's own."""
+    def _kept(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        """``[B, N]`` of each modality: which places are the example's own."""
         parts = [
-            batch[f"{name}_mask"][:, None].expand(-1, self._settings[name].tokens)
+            batch[f"{name}_mask"][:, None].expand(-1, self._settings[name].length)
             for name in self.others
         ]
-        parts += [batch["attention_mask"].bool()] if "text" in self.modalities else []
-        return torch.cat(parts, dim=1)
+        return parts + ([batch["attention_mask"].bool()] if "text" in self.modalities else [])
 
-    def _pooled(self, states: Tensor, kept: Tensor) -> Tensor:
-        if self.pooling == "mean":
-            total = (states * kept[..., None]).sum(dim=1)
-            return total / kept.sum(dim=1, keepdim=True).clamp(min=1)
-        places = torch.arange(kept.shape[1], device=kept.device)
-        last = (kept * places).argmax(dim=1)
-        return states[torch.arange(len(states), device=states.device), last]
+    def _pooled(self, states: Tensor, parts: list[Tensor]) -> Tensor:
+        if self.pooling == "last":
+            kept = torch.cat(parts, dim=1)
+            places = torch.arange(kept.shape[1], device=kept.device)
+            last = (kept * places).argmax(dim=1)
+            return states[torch.arange(len(states), device=states.device), last]
+        if self.pooling == "modalities":
+            parts = [_shares(part) for part in parts]
+        shares = _shares(torch.cat(parts, dim=1))
+        return (states * shares[..., None].to(states.dtype)).sum(dim=1)
 
     @override
     def _evaluate(self, name: str, batch: Mapping[str, Tensor]) -> None:
@@ -336,6 +339,12 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
             device: torch.device = self.trainer.strategy.root_device
             return device
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Of each place in its row's sum; zeros stay zeros."""
+    total = weights.sum(dim=1, keepdim=True)
+    return weights / torch.where(total > 0, total, 1)
 
 
 def _class_losses(scores: Tensor, labels: Tensor) -> Tensor:

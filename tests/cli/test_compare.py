@@ -5,12 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lightning_privacy.cli import main
 from lightning_privacy.cli.compare import planned
+from lightning_privacy.cli.experiment import outcome_of
 from lightning_privacy.cli.training import read_config
 from lightning_privacy.cli.variants import ablated
 
@@ -56,6 +61,8 @@ def test_the_three_models_and_each_modality_alone():
         "Non-PrivNet, audio alone": (["audio"], nothing, 8.0, False),
         "PrivacyPreserveNet 8.0": (everything, None, 8.0, True),
         "PrivacyPreserveNet 1.0": (everything, None, 1.0, True),
+        "PrivacyPreserveNet, image alone 8.0": (["image"], None, 8.0, True),
+        "PrivacyPreserveNet, audio alone 8.0": (["audio"], None, 8.0, True),
     }
     assert {v.learning_rate for v in variants} == {0.5, None}
 
@@ -88,6 +95,33 @@ def test_another_model_is_refused(capsys):
     words = ["--config", str(ROOT / "recipes" / "quickstart.yaml")]
     assert main(["compare", *words]) == 2
     assert "CausalLanguageModel" in capsys.readouterr().err
+
+
+def test_a_model_that_another_process_trains_is_left_to_it(tmp_path):
+    full = ablated([8.0])[0]
+    with FileLock(tmp_path / "full-eps8-seed0.lock"):
+        arguments = SMALL, full, 0, tmp_path, lambda done, planned: None
+        assert outcome_of(*arguments, wait=False) is None
+    assert not (tmp_path / "full-eps8-seed0").exists()
+
+
+@pytest.mark.slow
+def test_processes_share_the_models_of_a_table(tmp_path):
+    words = ["ablate", *SMALL, "--seeds", "0", "--output", "out"]
+    command = [sys.executable, "-m", "lightning_privacy", *words]
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    shown = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert sum(text.count("STUDY MODE") for text in shown) == 2
+    tables = [text[text.index("Mean ±") :] for text in shown]
+    assert tables[0] == tables[1]
+    assert len(list((tmp_path / "out").glob("*/outcome.json"))) == 4
+    with (tmp_path / "out" / "ablate.csv").open() as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["0"] * 4
 
 
 @pytest.mark.slow

@@ -71,6 +71,20 @@ def test_frames_have_about_unit_size(features, height):
     assert silence.isfinite().all()
 
 
+def test_coefficients_are_scaled_by_public_constants():
+    """Each by its own; whatever other sounds there are, a sound has the same frames."""
+    pytest.importorskip("librosa")
+    dct = pytest.importorskip("scipy.fft").dct
+    rng = np.random.default_rng(0)
+    for wave in (WAVE, rng.normal(size=4000).astype(np.float32), np.zeros(4000, np.float32)):
+        settings = {"bands": 24, "coefficients": 13, "seconds": 0.5}
+        decibels = 20 * AudioTransform(**settings).frames(wave).numpy()
+        cepstrum = dct(decibels, axis=0, norm="ortho")[:13]
+        spread = 60 / np.sqrt(np.arange(1, 14))[:, None]
+        found = AudioTransform(features="mfcc", **settings).frames(wave)
+        np.testing.assert_allclose(found, cepstrum / spread, atol=1e-5)
+
+
 def test_a_sound_is_varied_anew_each_time():
     pytest.importorskip("audiomentations")
     transform = AudioTransform(seconds=0.5, noise=0.1, stretch=0.2, pitch=2.0)

@@ -6,6 +6,7 @@ import csv
 import statistics
 from collections import defaultdict
 
+from lightning_privacy.reports.outcomes import markdown, read_csv
 from tests.docs.pages import ROOT
 
 FOLDER = ROOT / "docs" / "benchmarks"
@@ -22,3 +23,9 @@ def test_the_table_of_users_is_that_of_its_figures() -> None:
         rows = [line for line in page.splitlines() if line.startswith(f"| {method} |")]
         assert cell in (rows[0] if rows else page), (method, epsilon)
         assert len(values) == 3
+
+
+def test_the_tables_of_models_are_those_of_their_outcomes() -> None:
+    page = (FOLDER / "multimodal.md").read_text()
+    for path in FOLDER.glob("multimodal_*.csv"):
+        assert markdown(read_csv(path)) in page, path.name

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_privacy import DifferentialPrivacy
+from lightning_privacy.clipping import per_example_gradients
 from lightning_privacy.data import GlyphCorpus, GlyphsAndTones
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.models import (
@@ -15,6 +16,16 @@ from lightning_privacy.models import (
     PretrainedDecoder,
     PrivacyPreserveNet,
     SmallDecoder,
+)
+from tests.clipping.reference import (
+    DOUBLE,
+    SINGLE,
+    assert_gradients,
+    difference,
+    in_double,
+    loop_gradients,
+    norm,
+    to_dtype,
 )
 
 pytest.importorskip("transformers")
@@ -32,16 +43,21 @@ LARGE = PretrainedDecoder(
     dtype="float32",
     gradient_checkpointing=False,
 )
+# A token that reads all places, behind as little as possible.
+SUMMARY = {
+    "image": ImageSettings(hidden_size=8, grid=2, layers=1, summary=1),
+    "audio": AudioSettings(features=8, hidden_size=8, tokens=3, layers=0, summary=2),
+}
 SUBSETS = [["text"], ["image"], ["audio"], ["image", "audio"], ["text", "image", "audio"]]
 
 
 def net(**settings) -> PrivacyPreserveNet:
-    settings = {"decoder": SMALL, **settings}
-    return PrivacyPreserveNet(
-        image=ImageSettings(hidden_size=8, grid=2),
-        audio=AudioSettings(features=8, hidden_size=8, tokens=2),
-        **settings,
-    )
+    small = {
+        "decoder": SMALL,
+        "image": ImageSettings(hidden_size=8, grid=2),
+        "audio": AudioSettings(features=8, hidden_size=8, tokens=2),
+    }
+    return PrivacyPreserveNet(**(small | settings))
 
 
 def batch_of(*lengths: int, tokens: bool = False) -> dict[str, torch.Tensor]:
@@ -66,15 +82,51 @@ def row_of(batch: dict[str, torch.Tensor], row: int, length: int) -> dict[str, t
     return own | {name: own[name][:, :length] for name in names}
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("sizes", [{}, SUMMARY], ids=["cells", "summary"])
+@pytest.mark.parametrize("pooling", ["mean", "modalities", "last"])
 @pytest.mark.parametrize("modalities", SUBSETS, ids="+".join)
-def test_a_row_depends_on_itself_alone(modalities, pooling):
-    model = net(modalities=modalities, pooling=pooling)
+def test_a_row_depends_on_itself_alone(modalities, pooling, sizes):
+    model = net(modalities=modalities, pooling=pooling, **sizes)
     batch = batch_of(9, 4, 6)
     together = model.losses(batch)
     for row, length in enumerate((9, 4, 6)):
         alone = model.losses(row_of(batch, row, length))
         torch.testing.assert_close(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("sizes", [{}, SUMMARY], ids=["cells", "summary"])
+@pytest.mark.parametrize("pooling", ["mean", "modalities", "last"])
+def test_gradients_are_those_of_a_loop_over_single_examples(pooling, sizes):
+    model = net(pooling=pooling, **sizes)
+    # Each modality is lacking once: its learned token has a gradient, too.
+    batch = batch_of(9, 4, 6) | {"image_mask": torch.arange(3) != 2}
+    single = loop_gradients(model, mean_loss, batch)
+    found = per_example_gradients(model, mean_loss, batch)
+    assert difference(found, single) <= SINGLE * norm(single)
+    with in_double():
+        expected = assert_gradients(
+            model.double(), mean_loss, to_dtype(batch, torch.float64), DOUBLE
+        )
+    assert expected.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(value.any() for value in expected.values())
+
+
+def mean_loss(model: PrivacyPreserveNet, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model.losses(batch).mean()
+
+
+def test_modalities_weigh_alike_however_many_tokens_they_have():
+    model = net(pooling="modalities", **SUMMARY)
+    batch = batch_of(9, 4)
+    states = model.states(batch)
+    assert model.prefix == 1 + 2
+    assert states.shape[1] == 3 + 9
+    image, sound = states[:, 0], states[:, 1:3].mean(dim=1)
+    first = (image[0] + sound[0] + states[0, 3:12].mean(dim=0)) / 3
+    # The second one has no sound, and four tokens of text.
+    second = (image[1] + states[1, 3:7].mean(dim=0)) / 2
+    expected = model.network.score(torch.stack([first, second]))
+    torch.testing.assert_close(model(batch), expected)
 
 
 def test_tokens_are_predicted_from_what_stands_before():
@@ -141,6 +193,7 @@ def test_it_continues_a_text():
         ({"modalities": ["image"], "task": "causal_lm"}, "causal_lm"),
         ({"pretrained": LARGE}, "Both"),
         ({"num_labels": 1}, "num_labels"),
+        ({"pooling": "max"}, "pooling"),
     ],
 )
 def test_a_model_that_could_not_be_meant_is_refused(settings, found):
@@ -166,13 +219,28 @@ def test_data_without_a_modality_are_refused():
         trainer_of(max_steps=1).fit(net(), datamodule=data)
 
 
-@pytest.mark.parametrize("modalities", [["text", "image", "audio"], ["image"]], ids="+".join)
-def test_it_trains_privately_with_every_check(modalities):
+@pytest.mark.parametrize(
+    ("modalities", "settings"),
+    [
+        (["text", "image", "audio"], {}),
+        (["image"], {}),
+        (
+            ["text", "image", "audio"],
+            {
+                "pooling": "modalities",
+                "image": ImageSettings(hidden_size=8, layers=1, summary=1),
+                "audio": AudioSettings(layers=0, summary=1),
+            },
+        ),
+    ],
+    ids=["all", "image", "summary"],
+)
+def test_it_trains_privately_with_every_check(modalities, settings):
     """The checks and guards of every release run here, on each kind of parameter."""
     data = GlyphsAndTones(
         GlyphCorpus(n_users=20, p_missing=0.3), batch_size=8, modalities=modalities
     )
-    model = PrivacyPreserveNet(modalities=modalities, decoder=SMALL)
+    model = PrivacyPreserveNet(modalities=modalities, decoder=SMALL, **settings)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     privacy = DifferentialPrivacy(noise_multiplier=1.0, delta=1e-5, print_table=False)
     trainer_of(privacy, max_steps=2).fit(model, datamodule=data)
