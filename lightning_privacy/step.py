@@ -29,7 +29,7 @@ from lightning_privacy.clipping.contributions import Dense
 from lightning_privacy.clipping.guards import LeakGuard
 from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.clipping.norms import ClippingRule, clipping_rule
-from lightning_privacy.clipping.open_unit import OpenUnit
+from lightning_privacy.clipping.open_unit import OpenUnit, incomplete_unit
 from lightning_privacy.clipping.probe import learn_layouts
 from lightning_privacy.clipping.revisit import Revisit, large_matrices
 from lightning_privacy.clipping.statistics import Signal, StepStatistics
@@ -70,8 +70,7 @@ class PrivateStep:
     """
 
     buffering = True
-    # Whether large layers under gradient checkpointing may be left to a second backward.
-    revisiting = True
+    revisiting = True  # layers may be left to a second backward
 
     def __init__(
         self,
@@ -141,7 +140,7 @@ class PrivateStep:
         self.abort_micro_batch()
         self._settle()
         if self._open and (units is None or self._rows is None or units.sizes != self._rows.sizes):
-            raise _incomplete_unit()
+            raise incomplete_unit()
         self._rows = units
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -291,7 +290,7 @@ class PrivateStep:
         """
         self._settle()
         if self._open:
-            raise _incomplete_unit()
+            raise incomplete_unit()
         chosen = self.parameters if parameters is None else self._chosen(parameters)
         std = self.noise_std * self._share
         measured = Signal(std, self._world, wanted=signal)
@@ -399,12 +398,3 @@ class PrivateStep:
                     "fit, and do not unfreeze during training",
                 )
         return chosen
-
-
-def _incomplete_unit() -> GuaranteeError:
-    return GuaranteeError(
-        must="a unit is complete before anything else is clipped or released",
-        found="a micro-batch whose unit goes on in another one, which did not come",
-        cost="the rest of the unit would be clipped by itself, beyond clip_norm in all",
-        remedy="run every micro-batch of the draw in order, then release",
-    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_privacy.clipping import generic, tagging
 from lightning_privacy.clipping.buffer import LARGEST, LARGEST_ON_CPU, RowBuffer
+from lightning_privacy.clipping.casts import Casts
 from lightning_privacy.clipping.contributions import Contribution, Dense, Lookup, Outer, combine
 from lightning_privacy.clipping.copies import RowCopies
 from lightning_privacy.clipping.layout import Layouts, RowDim, default_rows
 from lightning_privacy.clipping.registry import RULES, name_of
-from lightning_privacy.clipping.revisit import recomputed
 from lightning_privacy.clipping.tagging import RowTensor, TaggedParameter
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
 
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
     from lightning_privacy.clipping.revisit import Revisit
 
 _UNKNOWN = object()
-
-
-GATHERED = "is_gathered"
-"""Attribute of a parameter whose memory is there only while its part of the module runs."""
 
 
 class Slot:
@@ -106,8 +101,7 @@ class Capture:
         self._copies: dict[tuple[torch.device, torch.dtype, torch.dtype], RowCopies] = {}
         self._anchors: dict[torch.device, Tensor] = {}
         self._matrices: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._last_input: tuple[ref[Tensor], tuple[int, torch.dtype], Tensor] | None = None
+        self.casts = Casts(parameters.values())
 
     # ------------------------------------------------------------------ life of a capture
     def open(self) -> None:
@@ -124,9 +118,8 @@ class Capture:
         for copies in self._copies.values():
             copies.close()
         self._matrices.clear()
-        self._casts.clear()
+        self.casts.clear()
         self._anchors.clear()
-        self._last_input = None
         if self.revisit is not None:
             self.revisit.close()
 
@@ -244,56 +237,6 @@ class Capture:
             self._anchors[device] = torch.zeros((), device=device, requires_grad=True)
         return self._anchors[device]
 
-    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A parameter detached and in ``dtype``; one copy per micro-batch for all its uses.
-
-        One whose memory comes and goes is cast for each use, or all of a model would be held.
-        """
-        if tensor.dtype == dtype or getattr(tensor, GATHERED, False):
-            return tensor.detach().to(dtype)
-        key = (id(tensor), dtype)
-        if key not in self._casts:
-            slot = self.slot(tensor)
-            if slot is not None and tensor.numel() <= LARGEST:
-                self._cast_small(slot.parameter.device, slot.parameter.dtype, dtype)
-            else:
-                cast = tensor.detach().to(dtype)
-                if recomputed():
-                    return cast  # kept, it would be the memory that recomputing saves
-                self._casts[key] = cast
-        return self._casts[key]
-
-    def _cast_small(self, device: torch.device, old: torch.dtype, new: torch.dtype) -> None:
-        """Cast all small parameters at once: one by one would take a launch each."""
-        small = [slot.parameter for slot in self._small(device, old)]
-        if old == new or (id(small[0]), new) in self._casts:
-            return
-        flat = torch.cat([parameter.detach().flatten() for parameter in small]).to(new)
-        pieces = flat.split([parameter.numel() for parameter in small])
-        for parameter, piece in zip(small, pieces, strict=True):
-            self._casts[id(parameter), new] = piece.view(parameter.shape)
-
-    def _small(self, device: torch.device, dtype: torch.dtype) -> list[Slot]:
-        return [
-            slot
-            for slot in self.slots.values()
-            if slot.parameter.numel() <= LARGEST
-            and not getattr(slot.parameter, GATHERED, False)
-            and slot.parameter.device == device
-            and slot.parameter.dtype == dtype
-        ]
-
-    def cast_input(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """An activation in ``dtype``; layers that read the same one share the copy."""
-        if tensor.dtype == dtype:
-            return tensor
-        known, last = (tensor._version, dtype), self._last_input
-        # A tensor that was written to since is another activation.
-        if last is None or last[0]() is not tensor or last[1] != known:
-            # Held itself, it would hold a recomputed layer's whole graph.
-            last = self._last_input = ref(tensor), known, tensor.detach().to(dtype)
-        return last[2]
-
     # ------------------------------------------------------------------ what backward delivers
     def add_outer(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """Gradient ``left^T right`` per row, in the cheaper of its two forms."""
@@ -319,10 +262,9 @@ class Capture:
         kind = parameter.device, parameter.dtype, dtype
         if kind not in self._copies:
             with torch._C.DisableTorchFunctionSubclass():
-                self._cast_small(*kind)
-                small = self._small(parameter.device, parameter.dtype)
+                small = self.casts.small(*kind)
             self._copies[kind] = RowCopies(
-                {own.name: self.cast(own.parameter, dtype) for own in small},
+                {self.slots[key].name: value for key, value in small.items()},
                 rows=self.rows,
                 anchor=self.anchor(parameter.device),
                 admit=self._require_armed,

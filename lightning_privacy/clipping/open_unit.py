@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_privacy.clipping.contributions import Contribution, Dense
 from lightning_privacy.clipping.products import full_precision
 from lightning_privacy.clipping.units import Units
+from lightning_privacy.errors import GuaranteeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,3 +107,13 @@ class OpenUnit:
         for parameter, value in self._start.values():
             parameter.data.copy_(value)
         self._start, self._sums, self._latest, self._device = {}, {}, {}, None
+
+
+def incomplete_unit() -> GuaranteeError:
+    """The refusal of a step while the rest of a unit is missing."""
+    return GuaranteeError(
+        must="a unit is complete before anything else is clipped or released",
+        found="a micro-batch whose unit goes on in another one, which did not come",
+        cost="the rest of the unit would be clipped by itself, beyond clip_norm in all",
+        remedy="run every micro-batch of the draw in order, then release",
+    )

@@ -42,7 +42,7 @@ def large_matrices(parameters: Mapping[str, nn.Parameter]) -> frozenset[str]:
 
 def recomputed() -> bool:
     """Whether what a forward saves now is dropped, and computed again by every backward."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_privacy.clipping.capture import GATHERED
+from lightning_privacy.clipping.casts import GATHERED
 from lightning_privacy.errors import UnsupportedOperationError
 from lightning_privacy.strategies.quantised import pack_quantised
 

@@ -160,8 +160,8 @@ def convolution(
     x, padding = _padded(x, weight.shape[2:], padding, dilation)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    plain_bias = None if bias is None else capture.cast(bias, x.dtype)
-    plain_weight = capture.cast(weight, x.dtype)
+    plain_bias = None if bias is None else capture.casts.parameter(bias, x.dtype)
+    plain_weight = capture.casts.parameter(weight, x.dtype)
     site = _Site(
         capture,
         weight_slot,

@@ -50,7 +50,7 @@ class _Dense(torch.autograd.Function):
         ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, site: _Site
     ) -> Tensor:
         ctx.site, ctx.dtype = site, x.dtype
-        x = site.capture.cast_input(x, weight.dtype)
+        x = site.capture.casts.activation(x, weight.dtype)
         ctx.save_for_backward(x, weight)
         return F.linear(x, site.matrix(weight), bias)
 
@@ -116,8 +116,8 @@ def _dense(
         result = _by_copies(capture, x, weight_slot, bias_slot, rows, dtype, transposed)
         if result is not None:
             return result
-    plain_weight = capture.cast(weight, dtype)
-    plain_bias = None if bias is None else capture.cast(bias, dtype)
+    plain_weight = capture.casts.parameter(weight, dtype)
+    plain_bias = None if bias is None else capture.casts.parameter(bias, dtype)
     site = _Site(capture, weight_slot, bias_slot, rows, transposed)
     return apply(_Dense, x, capture.anchor_of(weight_slot, x, rows), plain_weight, plain_bias, site)
 
