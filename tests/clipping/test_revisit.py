@@ -146,7 +146,7 @@ def test_two_backwards_equal_clipping_by_hand(kept: list[str]) -> None:
     assert kept
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_unit_that_is_not_finite_adds_exactly_nothing(kept: list[str], poison: float) -> None:
     model = Stack().double()
     weights = (1.0, 1.0, 0.0, 1.0, 1.0)
