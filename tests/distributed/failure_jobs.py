@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.utils.data import DataLoader
 
 from lightning_privacy.callbacks import newest_checkpoint
@@ -22,6 +23,8 @@ from tests.distributed import jobs
 
 REAL = {"test_seed": None, "noise_multiplier": 0.5}
 STEPS = 10
+# Writes of a first checkpoint: the module's and the optimizer's in one.
+FIRST = 1
 
 
 def train(directory: str, ranks: int, *callbacks: Any, **options: Any) -> Any:
@@ -39,10 +42,10 @@ def train_to(directory: str, ranks: int, steps: int, precision: str = "64-true")
     train(directory, ranks, max_steps=steps, precision=precision, batches=batches)
 
 
-def go_on(directory: str, ranks: int) -> int:
+def go_on(directory: str, ranks: int, strategy: str = "private_ddp") -> int:
     """Train to the end; how many steps are charged in all."""
     path = str(newest_checkpoint(Path(directory)))
-    return int(train(directory, ranks, ckpt_path=path).steps)
+    return int(train(directory, ranks, ckpt_path=path, strategy=strategy).steps)
 
 
 def told(part: Callable[[], object]) -> str:
@@ -57,11 +60,28 @@ def struck(directory: str, ranks: list[int], hook: str, way: str) -> str:
     """Some ranks are struck in their seventh step, or in a write of a checkpoint."""
     world._PATIENCE, world._GRACE = timedelta(seconds=1), timedelta(seconds=2)
     here, options, callbacks = torch.distributed.get_rank() in ranks, {}, ()
-    if way == "write" and here:
+    if way == "shards":
+        options = {"strategy": "private_fsdp"}
+        if here:
+            killed_at_second_write()
+    elif way == "write" and here:
         options = {"plugins": [Torn(kill)]}
     elif here:
         callbacks = (At(hook, 6, WAYS[way]),)
     return told(lambda: train(directory, 2, *callbacks, **options))
+
+
+def killed_at_second_write() -> None:
+    """This rank dies where it would write its shards of the second checkpoint."""
+    ordinary, count = FileSystemWriter.write_data, [0]
+
+    def write(self: Any, *arguments: Any) -> Any:
+        count[0] += 1
+        if count[0] > FIRST:
+            kill()
+        return ordinary(self, *arguments)
+
+    FileSystemWriter.write_data = write
 
 
 def _full_disk(_trainer: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lightning_privacy.callbacks import newest_checkpoint
 from tests.callbacks.training import LIGHTNING_NOISE
 from tests.distributed import failure_jobs as failures
 from tests.distributed.test_ddp import apart
@@ -80,6 +81,18 @@ def test_sigterm(mortal, processes, tmp_path) -> None:
     )
     assert all(answer.startswith("SIGTERMException") for answer in both)
     assert processes.run(failures.go_on, str(tmp_path), 2) == [7 + 6, 7 + 6]
+
+
+@pytest.mark.slow
+def test_kill_9_between_the_shards_of_a_checkpoint(mortal, processes, tmp_path) -> None:
+    mortal.start(failures.struck, str(tmp_path), [1], "", "shards")
+    assert mortal.ended(1) == KILLED
+    assert mortal.answer(0)
+    assert (tmp_path / "step=8.ckpt").is_dir()
+    with pytest.warns(UserWarning, match=r"step=8.ckpt is passed over: it has no \.metadata"):
+        assert newest_checkpoint(tmp_path) == tmp_path / "step=4.ckpt"
+    found = processes.run(failures.go_on, str(tmp_path), 2, "private_fsdp")
+    assert found == [8 + 6, 8 + 6]
 
 
 # ------------------------------------------------------------------ another mechanism, or data

@@ -59,6 +59,20 @@ def test_a_fit_from_which_nothing_comes_home_is_refused(tmp_path: Path) -> None:
     assert 'Trainer(strategy="private_ddp_spawn")' in found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "way"), [("0", "kill"), ("1", "forward")])
+def test_no_process_stays_behind_a_failed_one(tmp_path: Path, rank: str, way: str) -> None:
+    command = [sys.executable, str(ROOT / "tests/distributed/failing.py"), rank, way, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # It returns when all processes have let go of the pipe.
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode
+    assert ("no such record" in done.stderr) == (way == "forward")
+
+
 def test_what_forked_processes_spend_comes_home(tmp_path: Path) -> None:
     callback = privacy(test_seed=None, noise_multiplier=1.0)
     module = Regression()
