@@ -171,7 +171,7 @@ class ProbeModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Read what was released, before the optimizer uses it."""
         scale = self.settings.expected_batch_size / self.settings.clip_norm
-        flat = [p.grad.double().flatten() for _, p in self.trained() if p.grad is not None]
+        flat = [_whole(p.grad).double().flatten() for _, p in self.trained() if p.grad is not None]
         self.seen.append(torch.cat(flat).cpu() * scale)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -189,6 +189,11 @@ class ProbeModule(pl.LightningModule):
             places[name] = slice(start, start + parameter.numel())
             start += parameter.numel()
         return places
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    """All of a gradient of which each rank has a shard."""
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
 class ProbeRows(TensorDataset):

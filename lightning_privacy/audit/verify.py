@@ -106,8 +106,8 @@ def verify_trainer(  # noqa: PLR0913 - one argument for each thing that can be a
         accelerator: As in `Trainer`.
         devices: As in `Trainer`. With several, what all ranks together release is checked, and that
             every rank releases and charges the same.
-        strategy: As in `Trainer`: "private_ddp" in a script that Lightning or torchrun starts once
-            for each device, "private_ddp_fork" in a notebook or a test.
+        strategy: As in `Trainer`: "private_ddp" or "private_fsdp" in a script that Lightning or
+            torchrun starts once for each device, "private_ddp_fork" in a notebook or a test.
         seed: What ``seed_everything`` gets before the fits. The draws and the noise do not follow
             from it: each audit is a new experiment.
         stop_at_failure: Leave the rest out after the first stage with a failure.

@@ -35,7 +35,7 @@ def broken(area: str, sign: str, **options: Any) -> Any:
 def result_of(name: str | None, options: dict[str, Any]) -> tuple[bool, list[str], int, str]:
     """One audit, run by every rank: whether it passed, what failed, number of checks, all of it."""
     if name is None:
-        audit = verify_trainer(DifferentialPrivacy, **TWO, **options)
+        audit = verify_trainer(DifferentialPrivacy, **{**TWO, **options})
     else:
         with RANK_MUTANTS[name].broken() as audited:
             options = {**TWO, **RANK_MUTANTS[name].options, **options}

@@ -60,7 +60,14 @@ def test_ranks_that_are_broken_are_caught(processes: Processes, name: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{"rows_of_a_user": 6}, {"adapters": True}, {"clipping": "per_layer"}], ids=str
+    "options",
+    [
+        {"rows_of_a_user": 6},
+        {"adapters": True},
+        {"clipping": "per_layer"},
+        {"strategy": "private_fsdp"},
+    ],
+    ids=str,
 )
 def test_two_ranks_pass_in_every_mode(processes: Processes, options: dict[str, object]) -> None:
     first, _ = processes.run(result_of, None, options)
