@@ -37,7 +37,7 @@ from lightning_privacy.models._loading import made_up_base
 
 GIB = 2**30
 # Planned steps of a run, of which the first few are measured.
-RUN = 200
+RUN = 2000
 # Steps that are not counted. A private run compares contents and rows at steps 1, 2, 4, 8, …; what
 # that costs shows in the seconds of each step, which are written out.
 WARM = {"non-private": 3, "private": 9, "opacus hooks": 3, "opacus ghost": 3}
