@@ -69,8 +69,7 @@ class PrivateStep:
         ConfigurationError: there is no trainable parameter, or one is not a plain parameter.
     """
 
-    buffering = True
-    revisiting = True  # layers may be left to a second backward
+    buffering = revisiting = True  # see clipping.buffer and clipping.revisit
 
     def __init__(
         self,
@@ -226,14 +225,14 @@ class PrivateStep:
         found: dict[str, list[Contribution]],
         units: Units,
         buffer: RowBuffer | None = None,
-        further: Sequence[Tensor] = (),
+        norms: Sequence[Tensor] = (),
     ) -> ClippedSum:
         rule: ClippingRule = self._rule
         if self._rows is not None and self._rows.clip_shares is not None:
             shares = sent(torch.tensor(self._rows.clip_shares), units.scale.device)
             rule = TieredClipping(rule, shares)
         part = clipped_sum(
-            found, self.parameters, units, rule, buffer, self._share, self._add, further
+            found, self.parameters, units, rule, buffer, self._share, self._add, norms
         )
         if part.buffered is not None and buffer is not None:
             self._add_buffered(buffer.layout, part.buffered)

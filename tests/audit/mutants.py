@@ -195,8 +195,8 @@ def summing(change: Callable[[Any, Any], Any]) -> Any:
     ordinary = step_module.clipped_sum
 
     def total(found: Any, parameters: Any, units: Any, rule: Any, *rest: Any) -> Any:
-        *before, add = rest
-        part = change(ordinary(found, parameters, units, rule, *before), rule)
+        buffer, share, add, further = rest
+        part = change(ordinary(found, parameters, units, rule, buffer, share, None, further), rule)
         for name, gradient in part.gradients.items():
             add(name, gradient)
         return part
