@@ -71,16 +71,18 @@ class Injection:
         """Whether noise on logits is made inside the kernel there."""
         return self.method == "flex" or (self.method == "auto" and device.type == "cuda")
 
-    def begin(self, step: object) -> None:
+    def begin(self, step: object, *, measuring: bool = True) -> None:
         """A step begins. The same step begun again, in the same run, gives the same noise.
 
         Args:
             step: what tells it from all others, of equal ``repr``.
+            measuring: whether to measure the perturbation, for which a GPU waits; without, the last
+                one stands.
         """
         self._step = step
         for layer in self.layers:
             layer.calls = layer.waiting = 0
-            layer.measured = None
+            layer.measured = None if measuring else layer.measured
 
     def after_backward(self) -> None:
         """What was waiting for its backward has had it."""
@@ -93,7 +95,7 @@ class Injection:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def perturbation(self) -> Tensor | None:
-        """The mean over layers of how far the noise moved attention in this step.
+        """The mean over layers of how far the noise moved attention when it was last measured.
 
         Returns:
             A scalar, `LayerNoise.measure`; None if no layer was noised.
@@ -113,7 +115,7 @@ class LayerNoise:
         name: of the layer in the model.
         calls: made in this step so far.
         reached: whether any call ever asked for noise.
-        measured: how far noise moved attention in this step; None if not at all.
+        measured: how far noise moved attention when it was last measured; None if never.
     """
 
     __slots__ = ("calls", "injection", "measured", "name", "reached", "waiting")

@@ -51,8 +51,8 @@ class AttentionNoise(Callback):
     call ``F.scaled_dot_product_attention``, and `lightning_privacy.attention.NoisyAttention`; an
     attention layer that it cannot reach is refused. The model is as before after the fit.
 
-    In each training step ``attention_noise/std`` and ``attention_noise/perturbation`` are logged.
-    The latter is computed on private data and not covered by ε.
+    ``attention_noise/std`` and ``attention_noise/perturbation`` are logged; the latter is measured
+    in the first step and in those that the Trainer logs (``log_every_n_steps``). It is computed on private data and not covered by ε.
 
     Args:
         std: Standard deviation ≥ 0 of the noise; for logits up to 0.5 is mild. The strength λ_attn
@@ -118,7 +118,7 @@ class AttentionNoise(Callback):
 
     @property
     def perturbation(self) -> Tensor | None:
-        """How far the noise moved attention in the last step, a scalar tensor on its device.
+        """How far the noise moved attention when last measured, a scalar tensor on its device.
 
         The total variation distance between attention with and without noise, averaged over
         layers, heads and a few rows and queries: 0 is no change, 1 attention to other keys
@@ -187,7 +187,9 @@ class AttentionNoise(Callback):
         planned = trainer.estimated_stepping_batches
         done = min(1.0, trainer.global_step / planned) if planned else 0.0
         self._shared.std = self.base_std * float(self.schedule(done))
-        self._shared.begin(("train", trainer.current_epoch, batch_idx))
+        every = trainer.log_every_n_steps
+        logged = bool(every) and (trainer.global_step + 1) % every == 0
+        self._shared.begin(("train", trainer.current_epoch, batch_idx), measuring=logged)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

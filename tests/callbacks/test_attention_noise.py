@@ -150,7 +150,7 @@ def test_micro_batches_of_one_step_have_noise_of_their_own(tmp_path: Path) -> No
 
 def test_the_size_of_noise_and_perturbation_is_logged_each_step(tmp_path: Path) -> None:
     watch, noise = Watch(), AttentionNoise(1.0, schedule="linear", seed=1)
-    fit(tmp_path, noise, watch, max_steps=10)
+    fit(tmp_path, noise, watch, max_steps=10, log_every_n_steps=1)
     sizes = [step["attention_noise/std"] for step in watch.steps]
     assert sizes == pytest.approx([1 - n / 10 for n in range(10)])
     effects = [step["attention_noise/perturbation"] for step in watch.steps]
@@ -158,12 +158,22 @@ def test_the_size_of_noise_and_perturbation_is_logged_each_step(tmp_path: Path) 
     assert effects[0] > 2 * effects[-1] > 0
 
 
+def test_the_perturbation_is_measured_where_it_is_logged(tmp_path: Path) -> None:
+    """And in the first step; it takes as long as a few layers."""
+    watch = Watch()
+    fit(tmp_path, AttentionNoise(1.0, seed=1), watch, max_steps=10, log_every_n_steps=4)
+    effects = [float(step["attention_noise/perturbation"]) for step in watch.steps]
+    changes = [n for n in range(1, 10) if effects[n] != effects[n - 1]]
+    assert changes == [3, 7]
+
+
 def test_every_step_has_noise_of_its_own(tmp_path: Path) -> None:
     """The same rows and weights in ten steps of two epochs."""
     x, y = rows().dataset[:4]
     data = DataLoader(TensorDataset(x.repeat(5, 1, 1), y.repeat(5)), batch_size=4)
     watch = Watch()
-    trainer(tmp_path, AttentionNoise(1.0, seed=1), watch, max_epochs=2).fit(Sequences(lr=0.0), data)
+    options = {"max_epochs": 2, "log_every_n_steps": 1}
+    trainer(tmp_path, AttentionNoise(1.0, seed=1), watch, **options).fit(Sequences(lr=0.0), data)
     effects = [step["attention_noise/perturbation"] for step in watch.steps]
     assert len(set(effects)) == len(effects) == 10
 
