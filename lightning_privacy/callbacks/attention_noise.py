@@ -52,7 +52,8 @@ class AttentionNoise(Callback):
     attention layer that it cannot reach is refused. The model is as before after the fit.
 
     ``attention_noise/std`` and ``attention_noise/perturbation`` are logged; the latter is measured
-    in the first step and in those that the Trainer logs (``log_every_n_steps``). It is computed on private data and not covered by ε.
+    in the first step and in those that the Trainer logs (``log_every_n_steps``). It is computed on
+    private data and not covered by ε.
 
     Args:
         std: Standard deviation ≥ 0 of the noise; for logits up to 0.5 is mild. The strength λ_attn
