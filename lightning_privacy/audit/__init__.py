@@ -10,6 +10,7 @@ from lightning_privacy.audit.attacks.blind import BlindBaseline, blind_baseline
 from lightning_privacy.audit.attacks.texts import score_texts
 from lightning_privacy.audit.bounds import (
     FamilyBound,
+    ReleaseProfile,
     advantage_ceiling,
     claim_refuted,
     family_epsilon,
