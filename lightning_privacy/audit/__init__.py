@@ -26,6 +26,7 @@ from lightning_privacy.audit.leakage import (
     secret_figures,
 )
 from lightning_privacy.audit.membership import MembershipFigures, membership_figures
+from lightning_privacy.audit.users import UserInference
 from lightning_privacy.audit.verify import TrainerAudit, trainer_tightness, verify_trainer
 
 __all__ = [
@@ -34,8 +35,10 @@ __all__ = [
     "FamilyBound",
     "Leakage",
     "MembershipFigures",
+    "ReleaseProfile",
     "SecretFigures",
     "TrainerAudit",
+    "UserInference",
     "advantage_ceiling",
     "blind_baseline",
     "claim_refuted",
