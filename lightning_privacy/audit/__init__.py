@@ -10,6 +10,7 @@ from lightning_privacy.audit.attacks.blind import BlindBaseline, blind_baseline
 from lightning_privacy.audit.attacks.texts import score_texts
 from lightning_privacy.audit.bounds import (
     FamilyBound,
+    ReleaseProfile,
     advantage_ceiling,
     claim_refuted,
     family_epsilon,
@@ -25,6 +26,7 @@ from lightning_privacy.audit.leakage import (
     secret_figures,
 )
 from lightning_privacy.audit.membership import MembershipFigures, membership_figures
+from lightning_privacy.audit.users import UserInference
 from lightning_privacy.audit.verify import TrainerAudit, trainer_tightness, verify_trainer
 
 __all__ = [
@@ -33,8 +35,10 @@ __all__ = [
     "FamilyBound",
     "Leakage",
     "MembershipFigures",
+    "ReleaseProfile",
     "SecretFigures",
     "TrainerAudit",
+    "UserInference",
     "advantage_ceiling",
     "blind_baseline",
     "claim_refuted",

@@ -9,6 +9,7 @@ the curve refutes the claim, at any size of ε.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,22 +17,50 @@ import torch
 
 from lightning_privacy.accounting import GaussianRelease, delta, epsilon
 from lightning_privacy.metrics.functional.epsilon import error_bounds, gaussian_delta
+from lightning_privacy.metrics.functional.mechanism import curve_refuted, refuted_noise_factor
 from lightning_privacy.metrics.functional.scores import Counts
 from lightning_privacy.types import real_number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
 # For a search; the claim itself is computed on the accountant's own grid.
 _COARSE = 1e-3
-_HALVINGS = 12
-_WIDEST = math.log(8)
-_LARGEST_SLOPE = 50.0
+_MOST_NOISE = 8.0
 _STEEPEST = 8.0
 _SLOPES, _FACTORS = 21, 8
 _SIMULATED = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseProfile:
+    """The curve of Poisson-subsampled Gaussian releases, from the accountant that made the claim.
+
+    What `lightning_privacy.metrics.MechanismEpsilonLowerBound` asks for:
+    ``ReleaseProfile(privacy.plan.release(privacy.steps))``.
+
+    Args:
+        release: The claim: noise multiplier, sample rate and steps.
+    """
+
+    release: GaussianRelease
+
+    def __call__(self, epsilon: float, noise_factor: float = 1.0) -> float:
+        """δ at ε, rounded up.
+
+        Args:
+            epsilon: ε >= 0.
+            noise_factor: How many times the claimed noise there is.
+
+        Returns:
+            δ in [0, 1].
+        """
+        scaled = _with_noise(self.release, noise_factor)
+        if scaled.sample_rate == 1:
+            return gaussian_delta(epsilon, math.sqrt(scaled.count) / scaled.noise_multiplier)
+        return delta([scaled], epsilon, discretization=_COARSE)
 
 
 class FamilyBound(NamedTuple):
@@ -77,35 +106,27 @@ def family_epsilon(
     significance = real_number(
         "significance", significance, "(0, 0.5)", cost="a bound that says nothing", remedy="0.05"
     )
-    refuted = claim_refuted(counts, release, significance=significance)
-    # The factor on the noise from which on the attack is impossible, by bisection of its logarithm.
-    low, high = (-_WIDEST, 0.0) if refuted else (0.0, _WIDEST)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        scaled = _with_noise(release, math.exp(middle))
-        if claim_refuted(counts, scaled, significance=significance):
-            high = middle
-        else:
-            low = middle
-    factor, found = math.exp(high), 0.0
-    if high < _WIDEST:
+    factor, found = (
+        refuted_noise_factor(counts, ReleaseProfile(release), significance=significance),
+        0.0,
+    )
+    if factor < _MOST_NOISE:
         # More noise than this is refuted: so the true ε is at least that of this noise.
         found = epsilon([_with_noise(release, factor)], delta, discretization=_COARSE)
     return FamilyBound(
         epsilon=found,
         claimed=epsilon([release], delta),
         noise_factor=factor,
-        refuted=refuted,
+        refuted=factor <= 1,
     )
 
 
 def claim_refuted(counts: Counts, release: GaussianRelease, *, significance: float) -> bool:
     """Whether an attack's error rates are impossible under a claimed mechanism.
 
-    A mechanism that is (ε, δ(ε))-private for every ε allows no test with FNR below
-    max(1 − δ(ε) − e^ε FPR, e^−ε (1 − δ(ε) − FPR)). (Wasserman and Zhou 2010; Dong et al. 2022,
-    arXiv 1905.02383, proposition 2.12.) The true curve of the claim is at least this, because the
-    accountant is pessimistic: a true claim is refuted with chance ``significance`` at most.
+    See `lightning_privacy.metrics.functional.curve_refuted`. The true curve of the claim is at
+    least the one used here, because the accountant is pessimistic: a true claim is refuted with
+    chance ``significance`` at most.
 
     Args:
         counts: What a rule fixed in advance did in independent trials.
@@ -115,30 +136,7 @@ def claim_refuted(counts: Counts, release: GaussianRelease, *, significance: flo
     Returns:
         Whether the claim is refuted.
     """
-    missed, alarms = error_bounds(counts, significance)
-
-    def gap(slope: float) -> float:
-        rest = 1 - _delta(release, slope)
-        grown = math.exp(slope)
-        return max(rest - grown * alarms - missed, rest - grown * missed - alarms)
-
-    return _exceeds_zero(gap)
-
-
-def _exceeds_zero(gap: Callable[[float], float]) -> bool:
-    """Whether a function with one maximum over slopes is positive anywhere, by golden section."""
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = 0.0, 1.0
-    # The gap falls without a bound once e^ε outgrows what is left.
-    while high < _LARGEST_SLOPE and gap(high) > gap(high * 0.75):
-        high *= 2
-    for _ in range(14):
-        first, second = high - ratio * (high - low), low + ratio * (high - low)
-        left, right = gap(first), gap(second)
-        if max(left, right) > 0:
-            return True
-        low, high = (low, second) if left > right else (first, high)
-    return gap(low) > 0
+    return curve_refuted(counts, ReleaseProfile(release), significance=significance)
 
 
 def neyman_pearson_scores(projections: Tensor, release: GaussianRelease) -> Tensor:
@@ -180,10 +178,11 @@ def neyman_pearson_threshold(
     inside, outside = (
         np.sort(_simulated_scores(release, rate, rng)) for rate in (release.sample_rate, 0.0)
     )
+    profile = ReleaseProfile(release)
     slopes = np.linspace(0.0, _STEEPEST, _SLOPES)
-    factors = np.exp(np.linspace(0.02, _WIDEST / 3, _FACTORS))
+    factors = np.exp(np.linspace(0.02, math.log(_MOST_NOISE) / 3, _FACTORS))
     rest = 1 - np.array([
-        [_delta(_with_noise(release, factor), slope) for slope in slopes]
+        [profile(slope, factor) for slope in slopes]
         for factor in factors
     ])  # fmt: skip
 
@@ -237,12 +236,6 @@ def generic_advantage_ceiling(epsilon: float, delta: float) -> float:
         The ceiling, in [0, 1].
     """
     return min(1.0, math.tanh(epsilon / 2) + 2 * delta / (math.exp(epsilon) + 1))
-
-
-def _delta(release: GaussianRelease, slope: float) -> float:
-    if release.sample_rate == 1:
-        return gaussian_delta(slope, math.sqrt(release.count) / release.noise_multiplier)
-    return delta([release], slope, discretization=_COARSE)
 
 
 def _with_noise(release: GaussianRelease, factor: float) -> GaussianRelease:

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from lightning_privacy.audit.attacks.blind import BlindBaseline, blind_baseline
 from lightning_privacy.audit.attacks.texts import adapters_off, evaluating, score_texts
 from lightning_privacy.audit.membership import MembershipFigures, membership_figures
+from lightning_privacy.audit.users import (
+    UserInference,
+    users_by_fresh_texts,
+    users_by_their_rows,
+)
 from lightning_privacy.data import ByteTokenizer, SyntheticSecrets, TextCorpus
 from lightning_privacy.data.base import DocumentDataModule
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
@@ -63,6 +68,7 @@ class Leakage:
         member: ``[N]`` whether each was trained on.
         secrets: What can be read off, where the secrets are known.
         blind: What can be told without the model, where the data are texts.
+        users: How well users were told apart, where the data say whose each example is.
     """
 
     membership: tuple[MembershipFigures, ...]
@@ -70,6 +76,7 @@ class Leakage:
     member: Tensor
     secrets: SecretFigures | None = None
     blind: BlindBaseline | None = None
+    users: UserInference | None = None
 
 
 def measure_leakage(
@@ -85,7 +92,9 @@ def measure_leakage(
 
     Text models are attacked by every score of `score_texts`; others by their loss, and by how far
     it fell against the reference, where the module has a method ``losses(batch)`` that returns
-    ``[B]``. On the embedded corpora the exposure of the secrets is measured, too.
+    ``[B]``. On the embedded corpora the exposure of the secrets is measured, too. Where the data
+    say whose each example is, by ``users`` on their data sets, users are attacked by the mean over
+    their examples; on the embedded corpora by texts that nobody trained on.
 
     Args:
         module: The model under attack, on the device where it is to run.
@@ -103,9 +112,11 @@ def measure_leakage(
         UnsupportedOperationError: The loss of single examples cannot be had.
         ConfigurationError: There are no training or no validation data.
     """
+    loaders = _loaders(data)
+    chosen = [_chosen(loader, rows, seed) for seed, loader in enumerate(loaders)]
     sides = [
-        _scores(module, loader, reference, _chosen(loader, rows, seed))
-        for seed, loader in enumerate(_loaders(data))
+        _scores(module, loader, reference, places)
+        for loader, places in zip(loaders, chosen, strict=True)
     ]
     inside, outside = sides
     counts = [len(next(iter(side.values()))) for side in sides]
@@ -118,6 +129,7 @@ def measure_leakage(
         member=member,
         secrets=secret_figures(module, data, users=users),
         blind=_blind(data, rows) if blind else None,
+        users=_users(module, data, reference, rows, (loaders, chosen, sides)),
     )
 
 
@@ -172,6 +184,23 @@ def _candidate_logs(
         return logits[:, -1].float().log_softmax(-1)
 
     return candidate_log_likelihoods(next_token, [tuple(c.encode()) for c in candidates])
+
+
+def _users(
+    module: Any, data: Any, reference: Reference, rows: int, scored: tuple[Any, Any, Any]
+) -> UserInference | None:
+    corpus = _corpus(data)
+    if corpus is not None and corpus.fresh_docs:
+        return users_by_fresh_texts(module, data, reference, corpus.users(), rows)
+    loaders, chosen, sides = scored
+    if any(getattr(loader.dataset, "users", None) is None for loader in loaders):
+        return None
+    name = "ratio" if all("ratio" in side for side in sides) else "loss"
+    names = [
+        [str(loader.dataset.users[row]) for row in places]
+        for loader, places in zip(loaders, chosen, strict=True)
+    ]
+    return users_by_their_rows([side[name] for side in sides], names)
 
 
 def _corpus(data: Any) -> SecretsCorpus | None:

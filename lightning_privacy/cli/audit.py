@@ -15,6 +15,7 @@ from lightning_privacy.accounting import Ledger, epsilon
 from lightning_privacy.accounting.rounding import shown_epsilon
 from lightning_privacy.audit import (
     Leakage,
+    MembershipFigures,
     advantage_ceiling,
     generic_advantage_ceiling,
     measure_leakage,
@@ -39,6 +40,7 @@ allows. Give the configuration of the run behind the checkpoint, as for `fit`.
 """
 # All verdicts together are wrong of a correct trainer with this chance.
 _SIGNIFICANCE = 0.01
+_USER = "user"
 _MEMBERSHIP = ("attack", "AUROC", "TPR at 1 % FPR", "advantage", "95 % interval")
 
 
@@ -157,7 +159,7 @@ def print_audit(leakage: Leakage, claim: Claim | None, validated: dict[str, floa
     rows = [
         (f.attack, f"{f.auroc:.3f}", f"{f.tpr:.3f}", f"{f.advantage:.3f}",
          f"{f.lower:.3f} to {f.upper:.3f}")
-        for f in leakage.membership
+        for f in _figures(leakage)
     ]  # fmt: skip
     print_table(not_covered("Leakage measured"), _MEMBERSHIP, rows)
     print_table(not_covered("What else was measured"), ("", ""), _others(leakage, validated))
@@ -165,6 +167,11 @@ def print_audit(leakage: Leakage, claim: Claim | None, validated: dict[str, floa
     beyond = [] if claim is None else _beyond(leakage, claim)
     print(_verdict(leakage, claim, beyond))
     return bool(beyond)
+
+
+def _figures(leakage: Leakage) -> list[MembershipFigures]:
+    users = leakage.users
+    return [*leakage.membership, *([] if users is None else [users.figures])]
 
 
 def _others(leakage: Leakage, validated: dict[str, float]) -> list[tuple[str, str]]:
@@ -198,10 +205,14 @@ def _beyond(leakage: Leakage, claim: Claim) -> list[str]:
     """Attacks whose advantage is surely above the ceiling, all of them counted."""
     if leakage.blind is not None and leakage.blind.suspicious:
         return []
-    confidence = 1 - _SIGNIFICANCE / max(1, len(leakage.scores))
+    attacks = [(name, scores, leakage.member) for name, scores in leakage.scores.items()]
+    if leakage.users is not None and claim.unit == _USER:
+        users = leakage.users
+        attacks.append((users.figures.attack, users.scores, users.member))
+    confidence = 1 - _SIGNIFICANCE / max(1, len(attacks))
     found = []
-    for name, scores in leakage.scores.items():
-        lower = membership_advantage(scores, leakage.member, confidence=confidence).lower
+    for name, scores, member in attacks:
+        lower = membership_advantage(scores, member, confidence=confidence).lower
         if float(lower) > claim.ceiling:
             found.append(name)
     return found
@@ -220,7 +231,9 @@ def _verdict(leakage: Leakage, claim: Claim | None, beyond: list[str]) -> str:
             f"Verdict: REFUTED by {', '.join(beyond)}. If a random split decided who was trained "
             f"on, one {claim.unit} at a time, this run is not what its ε says."
         )
-    room = max(float(f.advantage) for f in leakage.membership)
+    # An ε for examples is no ceiling for users.
+    counted = _figures(leakage) if claim.unit == _USER else leakage.membership
+    room = max(float(f.advantage) for f in counted)
     return (
         f"Verdict: nothing found that ε does not allow. The best attack has an advantage of "
         f"{room:.3f}, and ε allows {claim.ceiling:.3f}. That these attacks found no more does not "

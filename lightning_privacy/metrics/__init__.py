@@ -6,7 +6,7 @@ found, not what no attack can find. Their twins without state are in `functional
 
 from __future__ import annotations
 
-from lightning_privacy.metrics.epsilon import EpsilonLowerBound
+from lightning_privacy.metrics.epsilon import EpsilonLowerBound, MechanismEpsilonLowerBound
 from lightning_privacy.metrics.leakage import PrivacyLeakage
 from lightning_privacy.metrics.membership import (
     MembershipAdvantage,
@@ -20,6 +20,7 @@ __all__ = [
     "EpsilonLowerBound",
     "Exposure",
     "ExtractionRate",
+    "MechanismEpsilonLowerBound",
     "MembershipAUROC",
     "MembershipAdvantage",
     "PrivacyLeakage",

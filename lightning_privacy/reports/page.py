@@ -218,8 +218,15 @@ def _rows(rows: Sequence[Sequence[str]]) -> str:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    # On a phone every row is a list of its cells, each with its column's name before it.
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>"
+        + "".join(
+            f'<td data-column="{escape(name)}">{escape(cell)}</td>'
+            for name, cell in zip(columns, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
     )
     # Focusable, so that it can be scrolled by keyboard where it is wider than the screen.
     return (

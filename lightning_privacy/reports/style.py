@@ -67,6 +67,11 @@ svg text.strong { fill: var(--ink); font-weight: 600; }
   .facts th, .facts td { display: block; width: auto; }
   .facts th { border-bottom: 0; padding-bottom: 0; }
   .facts td { padding-top: 0; }
+  .grid-table thead { position: absolute; clip-path: inset(50%); }
+  .grid-table tr { display: block; border-bottom: 1px solid var(--line); padding: .4rem 0; }
+  .grid-table td { display: flex; justify-content: space-between; gap: 1rem; border: 0;
+    padding: .1rem 0; text-align: right; overflow-wrap: anywhere; }
+  .grid-table td::before { content: attr(data-column); color: var(--soft); text-align: left; }
 }
 @media print { section { break-inside: avoid; } body { max-width: none; } }
 """

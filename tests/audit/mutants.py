@@ -194,9 +194,13 @@ def summing(change: Callable[[Any, Any], Any]) -> Any:
     """Change what the clipped sum of a micro-batch is; `change` gets it and the units."""
     ordinary = step_module.clipped_sum
 
-    def total(found: Any, parameters: Any, units: Any, rule: Any, *rest: Any) -> Any:
-        buffer, share, add, further = rest
-        part = change(ordinary(found, parameters, units, rule, buffer, share, None, further), rule)
+    # By name and in full: a mutant that no longer fits the source must fail, not do nothing.
+    def total(
+        found: Any, parameters: Any, units: Any, rule: Any, buffer: Any, share: float, add: Any,
+        further: Any,
+    ) -> Any:  # fmt: skip
+        part = ordinary(found, parameters, units, rule, buffer, share, None, further)
+        part = change(part, rule)
         for name, gradient in part.gradients.items():
             add(name, gradient)
         return part
@@ -280,12 +284,14 @@ def a_norm_that_overflows_is_not_clipped() -> Iterator[Audited]:
 def the_batch_is_clipped_as_one() -> Iterator[Audited]:
     ordinary = step_module.clipped_sum
 
-    def total(found: Any, parameters: Any, units: Any, rule: Any, *rest: Any) -> Any:
-        *before, add = rest
+    def total(
+        found: Any, parameters: Any, units: Any, rule: Any, buffer: Any, share: float, add: Any,
+        further: Any,
+    ) -> Any:  # fmt: skip
         unbounded = FlatClipping(clip_norm=1e9)
-        part = ordinary(found, parameters, units, unbounded, *before)
+        part = ordinary(found, parameters, units, unbounded, buffer, share, None, further)
         norm = math.sqrt(sum(float(g.square().sum()) for g in sums(part)))
-        part = times(part, min(1.0, before[-1] * rule.sensitivity / norm) if norm else 1.0)
+        part = times(part, min(1.0, share * rule.sensitivity / norm) if norm else 1.0)
         for name, gradient in part.gradients.items():
             add(name, gradient)
         return part

@@ -96,6 +96,10 @@ def test_known_secrets_are_measured() -> None:
     assert found.secrets.extracted > 0.5
     assert {f.attack for f in found.membership} >= {"loss", "ratio", "min_k", "min_k_plus_plus"}
     assert found.blind is not None
+    assert found.users is not None
+    assert found.users.fresh
+    assert found.users.figures.auroc > 0.7
+    assert len(found.users.scores) == 16
     assert secret_figures(model, TextCorpus(embedded=corpus)) == found.secrets
     assert secret_figures(model, Data()) is None
 

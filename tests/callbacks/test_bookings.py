@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 
 from lightning_privacy import BudgetExceededError, ConfigurationError, PrivacyLedger
+from lightning_privacy.callbacks import newest_checkpoint
 from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
 
 pytestmark = [pytest.mark.filterwarnings(rule) for rule in LIGHTNING_NOISE]
@@ -84,6 +88,34 @@ def test_a_resume_uses_the_run_s_own_entry(tmp_path: Path, ledger: PrivacyLedger
     assert entry.settled
     # Three steps, of which the third was lost with the weights, and six from the second on.
     assert sum(release.count for release in entry.releases) == 9
+
+
+def test_a_clock_that_goes_back_neither_loses_nor_doubles_spending(
+    tmp_path: Path, ledger: PrivacyLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, hours = time.time(), itertools.count(1)
+    monkeypatch.setattr(time, "time", lambda: now - 3600 * next(hours))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * (now - 3600 * next(hours))))
+    folder = tmp_path / "checkpoints"
+    saving = pl.callbacks.ModelCheckpoint(
+        folder, filename="{step}", every_n_train_steps=2, save_top_k=-1
+    )
+    with pytest.raises(RuntimeError, match="lights"):
+        fitted(tmp_path, ledger, saving, Watch(ledger, fails_at=5), max_steps=8)
+    # As a clock that was put back between the two leaves them: the newer one looks older.
+    for hour, step in enumerate((4, 2)):
+        os.utime(folder / f"step={step}.ckpt", (now - 9e5 + hour, now - 9e5 + hour))
+    os.utime(ledger.path, (now + 9e5, now + 9e5))
+    path = newest_checkpoint(folder)
+    assert path == folder / "step=2.ckpt"
+    with pytest.warns(UserWarning, match="since the checkpoint are charged"):
+        callback = fitted(tmp_path, ledger, max_steps=8, ckpt_path=path)
+    (entry,) = ledger.entries()
+    assert entry.settled
+    # Five steps, and six more from the second on: none is forgotten, and none is charged twice.
+    assert sum(release.count for release in entry.releases) == callback.steps == 5 + 6
+    fitted(tmp_path, ledger, max_steps=3)
+    assert [sum(r.count for r in entry.releases) for entry in ledger.entries()] == [11, 3]
 
 
 def test_two_fits_of_one_callback_are_one_run(tmp_path: Path, ledger: PrivacyLedger) -> None:

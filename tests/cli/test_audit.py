@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_privacy.audit import BlindBaseline, Leakage, membership_figures
+from lightning_privacy.audit import BlindBaseline, Leakage, UserInference, membership_figures
 from lightning_privacy.cli import main
 from lightning_privacy.cli.audit import Claim, print_audit, read_claim
 from lightning_privacy.errors import ConfigurationError
@@ -26,8 +26,8 @@ def leakage(shift: float, **more) -> Leakage:
     )
 
 
-def claim(ceiling: float) -> Claim:
-    return Claim(epsilon=1.0, delta=1e-5, unit="example", steps=9, ceiling=ceiling, generic=0.5)
+def claim(ceiling: float, unit: str = "example") -> Claim:
+    return Claim(epsilon=1.0, delta=1e-5, unit=unit, steps=9, ceiling=ceiling, generic=0.5)
 
 
 def test_an_attack_beyond_the_ceiling_refutes_the_claim(capsys):
@@ -38,6 +38,21 @@ def test_an_attack_beyond_the_ceiling_refutes_the_claim(capsys):
     shown = capsys.readouterr().out
     assert "nothing found that ε does not allow" in shown
     assert "Leakage measured [not covered by ε]" in shown
+
+
+def test_users_refute_a_claim_for_users_only(capsys):
+    found = leakage(4.0)
+    figures = membership_figures("user inference", found.scores["loss"], found.member)
+    users = UserInference(
+        figures=figures, scores=found.scores["loss"], member=found.member, fresh=True
+    )
+    nothing = leakage(0.0, users=users)
+    assert not print_audit(nothing, claim(0.5), {})
+    shown = capsys.readouterr().out
+    assert "user inference" in shown
+    assert f"advantage of {nothing.membership[0].advantage:.3f}" in shown
+    assert print_audit(nothing, claim(0.5, "user"), {})
+    assert "REFUTED by user inference" in capsys.readouterr().out
 
 
 def test_a_split_that_is_seen_without_the_model_gives_no_verdict(capsys):
@@ -62,7 +77,14 @@ def test_the_command_attacks_a_checkpoint(recipe, folder, capsys):
     capsys.readouterr()
     assert main(["audit", str(checkpoint), *words, "--rows", "16"]) == 0
     shown = capsys.readouterr().out
-    for part in ("ratio", "min_k_plus_plus", "exposure of members' secrets", "Verdict", "val_loss"):
+    for part in (
+        "ratio",
+        "min_k_plus_plus",
+        "user inference, fresh",
+        "exposure of members' secrets",
+        "Verdict",
+        "val_loss",
+    ):
         assert part in shown
     assert f"{found.ceiling:.3f}" in shown
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.utils.data import DataLoader
 
+from lightning_privacy.accounting import PrivacyLedger
 from lightning_privacy.callbacks import newest_checkpoint
 from lightning_privacy.distributed import world
 from tests.callbacks.test_failures import At, Torn, kill
@@ -69,6 +70,26 @@ def struck(directory: str, ranks: list[int], hook: str, way: str) -> str:
     elif here:
         callbacks = (At(hook, 6, WAYS[way]),)
     return told(lambda: train(directory, 2, *callbacks, **options))
+
+
+def struck_with_ledger(directory: str, ranks: list[int]) -> str:
+    """Some ranks are killed in their seventh step, of a run that has reserved ten."""
+    world._PATIENCE, world._GRACE = timedelta(seconds=1), timedelta(seconds=2)
+    here = torch.distributed.get_rank() in ranks
+    callbacks = (At("on_before_optimizer_step", 6, kill),) if here else ()
+    settings = {"ledger": book(directory)}
+    return told(lambda: train(directory, 2, *callbacks, settings=settings))
+
+
+def go_on_with_ledger(directory: str) -> int:
+    """Train to the end; how many steps are charged in all."""
+    path = str(newest_checkpoint(Path(directory)))
+    return int(train(directory, 2, ckpt_path=path, settings={"ledger": book(directory)}).steps)
+
+
+def book(directory: str) -> PrivacyLedger:
+    """The ledger of the data set; all ranks have it open."""
+    return PrivacyLedger(Path(directory) / "spent.sqlite", dataset="rows", budget=(99.0, 1e-5))
 
 
 def killed_at_second_write() -> None:

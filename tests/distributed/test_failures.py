@@ -56,6 +56,34 @@ def test_kill_9(mortal, processes, tmp_path, ranks, hook, started) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+def test_kill_9_keeps_what_the_ledger_of_the_data_set_reserved(
+    mortal, processes, tmp_path, ranks
+) -> None:
+    mortal.start(failures.struck_with_ledger, str(tmp_path), ranks)
+    for rank in (0, 1):
+        if rank in ranks:
+            assert mortal.ended(rank) == KILLED
+        else:
+            assert mortal.answer(rank)
+    (entry,) = failures.book(str(tmp_path)).entries()
+    charged = sum(release.count for release in entry.releases)
+    if 0 in ranks:
+        # The one that books is gone: all ten steps stay charged.
+        assert (entry.settled, charged) == (False, failures.STEPS)
+    else:
+        # Six steps are over, and the seventh was released by the one that lives on.
+        assert 7 <= charged <= failures.STEPS
+    found = set(processes.run(failures.go_on_with_ledger, str(tmp_path)))
+    assert len(found) == 1
+    (entry,) = failures.book(str(tmp_path)).entries()
+    assert entry.settled
+    # One run, charged once, with what was lost.
+    assert {sum(release.count for release in entry.releases)} == found
+    assert found <= {13, 14}
+
+
+@pytest.mark.slow
 def test_kill_9_during_the_write_of_a_checkpoint(mortal, processes, tmp_path) -> None:
     mortal.start(failures.struck, str(tmp_path), [0], "", "write")
     assert mortal.ended(0) == KILLED

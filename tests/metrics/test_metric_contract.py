@@ -17,6 +17,7 @@ from lightning_privacy.metrics import (
     EpsilonLowerBound,
     Exposure,
     ExtractionRate,
+    MechanismEpsilonLowerBound,
     MembershipAdvantage,
     MembershipAUROC,
     PrivacyLeakage,
@@ -26,6 +27,7 @@ from lightning_privacy.metrics import (
 from lightning_privacy.metrics import functional as twins
 
 COUNT = 120
+CURVE = twins.GaussianProfile(noise_multiplier=0.5)
 
 
 def inputs(kind: str) -> tuple[Tensor, ...]:
@@ -62,6 +64,11 @@ CASES: dict[str, tuple[Callable[[], Metric], str, Callable[..., Any]]] = {
         lambda: EpsilonLowerBound(1e-5, "one_run"),
         "scores",
         lambda *a: twins.epsilon_lower_bound(*a, delta=1e-5, method="one_run"),
+    ),
+    "mechanism": (
+        lambda: MechanismEpsilonLowerBound(1e-5, CURVE),
+        "scores",
+        lambda *a: twins.mechanism_epsilon_lower_bound(*a, CURVE, delta=1e-5),
     ),
     "user": (UserInferenceAUROC, "user", twins.user_inference_auroc),
     "exposure": (Exposure, "table", lambda *a: twins.exposure(*a).mean()),

@@ -71,6 +71,15 @@ def test_it_is_made_for_everyone(page: str) -> None:
     assert 'scope="col"' in page
 
 
+def test_a_table_s_cells_carry_their_column_for_a_phone(page: str) -> None:
+    ledger = page.partition("<h2>Ledger</h2>")[2].partition("</section>")[0]
+    columns = re.findall(r'<th scope="col">([^<]+)</th>', ledger)
+    assert columns == re.findall(r'<td data-column="([^"]+)">', ledger)
+    assert "parts of a unit" in columns
+    phone = page.partition("@media (max-width: 40rem)")[2]
+    assert "content: attr(data-column)" in phone
+
+
 def test_people_s_words_are_escaped(page: str) -> None:
     assert "&lt;b&gt;good&lt;/b&gt; &amp; cheap" in page
 

@@ -32,13 +32,16 @@ from lightning_privacy.audit.attacks.shadow import (
     train_shadows,
 )
 from lightning_privacy.audit.attacks.texts import adapters_off, model_logits, score_texts
+from lightning_privacy.audit.attacks.users import UserScores, infer_users, user_scores
 
 __all__ = [
     "BlindBaseline",
     "ShadowModels",
     "TokenScores",
+    "UserScores",
     "adapters_off",
     "blind_baseline",
+    "infer_users",
     "invert_gradient",
     "lira_offline",
     "lira_online",
@@ -56,5 +59,6 @@ __all__ = [
     "token_recovery",
     "token_scores",
     "train_shadows",
+    "user_scores",
     "zlib_score",
 ]

@@ -9,7 +9,7 @@ Every bound holds with probability 1 − ``significance``. They differ in what t
 | one run | nothing but fair coins that decided who is a member |
 | one run, f-DP | the same, and a Gaussian trade-off curve |
 
-The bound that knows the claimed mechanism is `lightning_privacy.audit.family_epsilon`.
+The bound that knows the claimed mechanism's curve is `mechanism_epsilon_lower_bound`.
 """
 
 from __future__ import annotations
@@ -70,21 +70,31 @@ def epsilon_lower_bound(
     one_of("method", method, BOUND_METHODS, cost="no bound", remedy="use 'clopper_pearson'")
     delta, significance = _checked(delta, significance)
     split = split_scores(scores, member)
-    bound = _BOUNDS[method]
-    if threshold == "split":
-        chosen_on, split = split.divided(_SPLIT, seed)
-        cut = _best(chosen_on, bound, delta, significance)[1]
-        value = bound(split.counts(cut), delta, significance, 0.0)
-    elif threshold == "bonferroni":
-        value = _best(split, bound, delta, significance / len(hull(split)))[0]
-    else:
-        remedy = 'pass a number, "split" or "bonferroni"'
-        cut = real_number("threshold", threshold, "(-inf, inf)", cost="no rule", remedy=remedy)
-        value = bound(split.counts(cut), delta, significance, 0.0)
+    value = proven(split, _BOUNDS[method], delta, significance, threshold, seed)
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _best(scores: Scores, bound: _Bound, delta: float, significance: float) -> tuple[float, float]:
+def proven(
+    split: Scores,
+    bound: Bound,
+    delta: float,
+    significance: float,
+    threshold: float | Literal["split", "bonferroni"],
+    seed: int,
+) -> float:
+    """What a bound proves by a threshold that is found as `epsilon_lower_bound` says."""
+    if threshold == "split":
+        chosen_on, split = split.divided(_SPLIT, seed)
+        cut = _best(chosen_on, bound, delta, significance)[1]
+    elif threshold == "bonferroni":
+        return _best(split, bound, delta, significance / len(hull(split)))[0]
+    else:
+        remedy = 'pass a number, "split" or "bonferroni"'
+        cut = real_number("threshold", threshold, "(-inf, inf)", cost="no rule", remedy=remedy)
+    return bound(split.counts(cut), delta, significance, 0.0)
+
+
+def _best(scores: Scores, bound: Bound, delta: float, significance: float) -> tuple[float, float]:
     """The largest bound over the hull, and its threshold; without one, the largest advantage."""
     corners = [(scores.counts(float(cut)), float(cut)) for cut in hull(scores)]
     # The most telling first: the others are then ruled out by one evaluation each.
@@ -378,9 +388,9 @@ def _advantage(counts: Counts) -> float:
 
 
 if TYPE_CHECKING:
-    _Bound = Callable[[Counts, float, float, float], float]
+    Bound = Callable[[Counts, float, float, float], float]
 
-_BOUNDS: dict[str, _Bound] = {
+_BOUNDS: dict[str, Bound] = {
     "clopper_pearson": _clopper_pearson,
     "gdp": _gdp,
     "one_run": _one_run,
