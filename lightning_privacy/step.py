@@ -144,14 +144,12 @@ class PrivateStep:
         for parameter in self.parameters.values():
             parameter.grad = None
         self._weights = tuple(weights)
-        left = units is None and self._rule.groups == 1 and bool(self._large)
+        left = self._large and units is None and self._rule.groups == 1
         capture = Capture(
-            self.parameters,
-            rows=len(self._weights),
-            layouts=self.layouts,
+            self.parameters, rows=len(self._weights), layouts=self.layouts,
             buffering=self.buffering and self._rule.groups == 1,
-            revisit=Revisit(self._large) if left else None,
-        )
+            revisit=Revisit(self._large, self._plan.precision_slack) if left else None,
+        )  # fmt: skip
         capture.open()
         self._capture = capture
 
@@ -188,8 +186,9 @@ class PrivateStep:
             )
         found = capture.collect()
         if capture.revisit is not None and loss is not None:
-            part = self._clip(found, self._units(), capture.buffer, capture.revisit.norms())
-            capture.revisit.run(capture.roots(loss), part, self.parameters, self._add)
+            units = self._units()
+            part = self._clip(found, units, capture.buffer, capture.revisit.norms(found))
+            capture.revisit.run(capture.roots(loss), part, self.parameters, self._add, units.scale)
             self.abort_micro_batch()
             return
         self.abort_micro_batch()

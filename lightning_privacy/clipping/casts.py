@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -18,6 +19,24 @@ GATHERED = "is_gathered"
 """Attribute of a parameter whose memory is there only while its part of the module runs."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Cast:
+    """A tensor's values in another type; the tensor is not held, and its id may be used again."""
+
+    of: ref[Tensor]
+    version: int
+    value: Tensor
+
+    @classmethod
+    def made(cls, tensor: Tensor, dtype: torch.dtype) -> _Cast:
+        return cls(ref(tensor), tensor._version, tensor.detach().to(dtype))
+
+    def fits(self, tensor: Tensor, dtype: torch.dtype) -> bool:
+        """Whether it is a cast of this tensor, which was not written to since."""
+        same = self.of() is tensor and self.value.dtype == dtype
+        return same and self.version == tensor._version
+
+
 class Casts:
     """What one micro-batch has cast.
 
@@ -28,7 +47,8 @@ class Casts:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = {id(parameter): parameter for parameter in parameters}
         self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._last: tuple[ref[Tensor], tuple[int, torch.dtype], Tensor] | None = None
+        self._others: dict[tuple[int, torch.dtype], _Cast] = {}
+        self._last: _Cast | None = None
 
     def parameter(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Detached and in ``dtype``; one copy for all its uses.
@@ -38,16 +58,19 @@ class Casts:
         if tensor.dtype == dtype or getattr(tensor, GATHERED, False):
             return tensor.detach().to(dtype)
         key = (id(tensor), dtype)
-        if key not in self._casts:
-            trainable = id(tensor) in self._parameters and tensor.requires_grad
-            if trainable and tensor.numel() <= LARGEST:
+        trainable = id(tensor) in self._parameters and tensor.requires_grad
+        if trainable and tensor.numel() <= LARGEST:
+            if key not in self._casts:
                 self.small(tensor.device, tensor.dtype, dtype)
-            elif recomputed():
-                # Kept, it would be the memory that recomputing saves.
-                return tensor.detach().to(dtype)
-            else:
-                self._casts[key] = tensor.detach().to(dtype)
-        return self._casts[key]
+            return self._casts[key]
+        known = self._others.get(key)
+        if known is not None and known.fits(tensor, dtype):
+            return known.value
+        if recomputed() or tensor.is_inference():
+            # Kept, it would be the memory that recomputing saves.
+            return tensor.detach().to(dtype)
+        known = self._others[key] = _Cast.made(tensor, dtype)
+        return known.value
 
     def small(self, device: torch.device, old: torch.dtype, new: torch.dtype) -> dict[int, Tensor]:
         """All small parameters at once, by their ids: one by one would take a launch each."""
@@ -65,16 +88,18 @@ class Casts:
         """In ``dtype``; layers that read the same one share the copy."""
         if tensor.dtype == dtype:
             return tensor
-        known, last = (tensor._version, dtype), self._last
-        # A tensor that was written to since is another activation.
-        if last is None or last[0]() is not tensor or last[1] != known:
+        if tensor.is_inference():  # nothing tells whether it was written to
+            return tensor.detach().to(dtype)
+        last = self._last
+        if last is None or not last.fits(tensor, dtype):
             # Held itself, it would hold a recomputed layer's whole graph.
-            last = self._last = ref(tensor), known, tensor.detach().to(dtype)
-        return last[2]
+            last = self._last = _Cast.made(tensor, dtype)
+        return last.value
 
     def clear(self) -> None:
         """Let go of everything."""
         self._casts.clear()
+        self._others.clear()
         self._last = None
 
 

@@ -23,7 +23,7 @@ from lightning_privacy.clipping.products import full_precision
 from lightning_privacy.errors import GuaranteeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Container, Mapping
 
     from torch import nn
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 # Free memory for each byte of factors that is kept: sums and a layer's activations need some, too.
 _ROOM = 1.5
-# The second backward repeats the first up to the order of sums: a norm may grow by that much.
-_TOLERANCE = 0.05
 
 
 def large_matrices(parameters: Mapping[str, nn.Parameter]) -> frozenset[str]:
@@ -61,10 +59,12 @@ class Revisit:
 
     Args:
         names: the parameters that may be left.
+        slack: by how much, relatively, a unit's norm may exceed the clip norm: what is accounted.
     """
 
-    def __init__(self, names: frozenset[str]) -> None:
-        self._names, self._used = names, set[str]()
+    def __init__(self, names: frozenset[str], slack: float) -> None:
+        self._slack = slack
+        self._names, self._used, self._brought = names, set[str](), set[str]()
         self._anchors: dict[str, Tensor] = {}
         self._sizes: dict[str, int] = {}
         self._pending: list[tuple[str, Outer]] = []
@@ -118,9 +118,9 @@ class Revisit:
         """Take the norm of these factors, which the caller then lets go; False if it keeps them."""
         if not self.left(name):
             return False
-        if self._take is not None:
-            with full_precision():
-                self._take(name, outer)
+        if name in self._brought:
+            raise _brought_twice(name)
+        self._brought.add(name)
         # Layers that read the same input (queries, keys and values) share its Gram matrix.
         if self._pending and not _same(self._pending[-1][1].right, outer.right):
             self._settle()
@@ -133,11 +133,24 @@ class Revisit:
             lefts = [outer.left for _, outer in self._pending]
             with full_precision():
                 self._norms[names] = outer_norm(lefts, self._pending[0][1].right)
+                # Together with the norms: what else reads a gradient may write to it in between.
+                for name, outer in self._pending if self._take is not None else ():
+                    self._take(name, outer)  # type: ignore[misc]
         self._pending.clear()
 
-    def norms(self) -> list[Tensor]:
-        """Squared norms ``[B]`` over parts of what was left."""
+    def norms(self, found: Container[str]) -> list[Tensor]:
+        """Squared norms ``[B]`` over parts of what was left.
+
+        Args:
+            found: names of the parameters whose gradients were kept.
+
+        Raises:
+            GuaranteeError: a gradient was left in part and kept in part.
+        """
         self._settle()
+        for name in self._brought:
+            if name in found:
+                raise _brought_twice(name)
         return list(self._norms.values())
 
     # ------------------------------------------------------------------ second backward
@@ -152,6 +165,7 @@ class Revisit:
         clipped: ClippedSum,
         parameters: Mapping[str, nn.Parameter],
         add: Callable[[str, Tensor], None],
+        scale: Tensor,
     ) -> None:
         """Run the second backward and add up what it brings, with the weights of the first.
 
@@ -160,6 +174,7 @@ class Revisit:
             clipped: the clipped sum of everything else, by the norms of everything.
             parameters: the covered parameters by name.
             add: takes each parameter's sum.
+            scale: ``[B]`` what a row's gradient is multiplied by.
 
         Raises:
             GuaranteeError: the second backward brought other gradients than the first.
@@ -173,23 +188,25 @@ class Revisit:
             add(name, outer.weighted_sum(weights[0], parameters[name].shape))
 
         self._first, self._norms, self._take = self._norms, {}, take
+        self._brought.clear()
         try:
             torch.autograd.backward(roots, inputs=list(self._anchors.values()))
             self._settle()
         finally:
             self._take = None
-        if self._first.keys() != self._norms.keys() or not self._as_before():
+        if self._first.keys() != self._norms.keys():
             raise _unlike()
-
-    def _as_before(self) -> bool:
-        first = torch.stack(list(self._first.values()))
-        again = torch.stack([self._norms[names] for names in self._first])
+        growth = (torch.stack([*self._norms.values()]) - torch.stack([*self._first.values()])).sum(
+            0
+        )
+        most = ((1 + self._slack) ** 2 - 1) * clipped.norms.square()
         # A unit whose first norm is not finite adds nothing, whatever comes now.
-        return bool(((again <= (1 + _TOLERANCE) * first) | ~torch.isfinite(first)).all())
+        if not bool(((growth * scale.square() <= most) | clipped.nonfinite).all()):
+            raise _unlike()
 
     def close(self) -> None:
         """Let go of everything."""
-        for held in (self._anchors, self._pending, self._norms, self._first):
+        for held in (self._anchors, self._pending, self._norms, self._first, self._brought):
             held.clear()
 
 
@@ -209,4 +226,15 @@ def _unlike() -> GuaranteeError:
         cost="what is added up would not be what was clipped",
         remedy="take that hook away; or train without gradient checkpointing, which needs one "
         "backward",
+    )
+
+
+def _brought_twice(name: str) -> GuaranteeError:
+    return GuaranteeError(
+        must="a layer that is left to a second backward has one use",
+        found=f"a second gradient for {name}, of a use that the forward did not show: in what a "
+        "reentrant checkpoint or an autograd.Function computes again in its backward",
+        cost="the norm of a sum of two gradients is not that of either: clipping would be too weak",
+        remedy="use torch.utils.checkpoint with use_reentrant=False for all uses of that layer, or "
+        "for none",
     )

@@ -157,5 +157,6 @@ class GridNoise:
             self._noise.add_(total, f"{name}\n\ndraw {draw}", release, own)
         total.div_(step).round_()
         total.add_(tensor.detach().double().div_(step).round_()).mul_(step)
+        total.add_(0.0)  # -0.0 becomes 0.0: a zero's sign would tell from which side it was rounded
         tensor.detach().copy_(total)
         return tensor

@@ -21,7 +21,9 @@ from tests.clipping.reference import (
     Gradients,
     clipped_by_hand,
     loop_gradients,
+    norm,
     numbers,
+    plan_of,
     squares,
     step_of,
 )
@@ -100,10 +102,11 @@ def released(
     twice: bool,
     weights: tuple[float, ...] = (1.0,) * ROWS,
     loss_fn: Callable[..., Tensor] = squares,
+    seed: int = 7,
     **changes: Any,
 ) -> Gradients:
     step = step_of(module, **changes)
-    torch.manual_seed(7)  # of dropout
+    torch.manual_seed(seed)  # of dropout
     try:
         step.begin(weights)
         loss = loss_fn(module, batch)
@@ -220,6 +223,124 @@ def test_a_backward_that_is_not_repeated_is_refused(factor: float) -> None:
         released(model, twice=True, loss_fn=loss_fn)
     assert passes["all"] == 2
     assert all(type(p) is nn.Parameter and p.grad is None for p in model.parameters())
+
+
+WIDE = numbers(ROWS, TOKENS, 12).double()
+
+
+class ByHand(torch.autograd.Function):
+    """Gradient checkpointing as people write it themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(x)
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.function(x)
+        torch.autograd.backward(output, gradient)
+        return None, x.grad
+
+
+class ScaledGradient(torch.autograd.Function):
+    """Makes a gradient smaller in place: a branch beside it reads the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.mul_(0.01)
+
+
+class Wide(nn.Module):
+    """Two square layers and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12, bias=False)
+        self.head = nn.Linear(12, 2)
+
+
+class Unseen(Wide):
+    """A second use of a layer shows in the backward only."""
+
+    def __init__(self, again: str) -> None:
+        super().__init__()
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(lambda v: self.second(v).tanh(), self.first(x), use_reentrant=False)
+        if self.again == "layer":
+            return self.head(ByHand.apply(self.second, x))  # type: ignore[no-untyped-call]
+        if self.again == "product":
+            x = ByHand.apply(lambda v: v @ self.second.weight.T, x)  # type: ignore[no-untyped-call]
+            return self.head(x)
+        return self.head(checkpoint(self.second, x, use_reentrant=True))
+
+
+class InPlace(Wide):
+    """A residual branch writes to the gradient that a layer was handed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.first, x, use_reentrant=False)
+
+        def block(v: Tensor) -> Tensor:
+            return ScaledGradient.apply(v) + self.second(v)  # type: ignore[no-any-return, no-untyped-call]
+
+        return self.head(checkpoint(block, x, use_reentrant=False))
+
+
+class Unrepeated(Wide):
+    """Random numbers that are others at each computation, and do little."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def block(v: Tensor) -> Tensor:
+            v = self.second(v).tanh()
+            return v * (1 + 0.01 * torch.randn((), dtype=v.dtype))
+
+        x = checkpoint(self.first, x, use_reentrant=False)
+        x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("again", ["layer", "product", "reentrant"])
+def test_a_second_use_that_the_forward_hides_is_refused(
+    monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """Unrefused, a unit adds the sum of two gradients under the norm of one."""
+    monkeypatch.setattr(revisit, "room", lambda device: 0.0)
+    with pytest.raises(GuaranteeError, match="the forward did not show"):
+        released(Unseen(again).double(), WIDE, twice=True, clip_norm=1e-3)
+
+
+def test_a_gradient_that_is_written_to_is_not_added_as_it_was(
+    kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revisit, "room", lambda device: 0.0)
+    model = InPlace().double()
+    one = released(model, WIDE, twice=False, clip_norm=1e-3)
+    assert_close(released(model, WIDE, twice=True, clip_norm=1e-3), one)
+    assert sorted(kept) == ["first.weight", "second.weight"]
+
+
+def test_a_norm_grows_by_no_more_than_is_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revisit, "room", lambda device: 0.0)
+    model, refused = Unrepeated().double(), 0
+    for seed in range(20):
+        try:
+            found = released(model, WIDE[:1], twice=True, weights=(1.0,), seed=seed, clip_norm=1e-3)
+        except GuaranteeError:
+            refused += 1
+        else:
+            assert norm(found) <= 1e-3 * (1 + plan_of().precision_slack)
+    assert 0 < refused < 20
 
 
 class Module(L.LightningModule):

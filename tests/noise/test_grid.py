@@ -221,3 +221,17 @@ def test_each_kind_of_world_has_its_grid() -> None:
     replicas.size = shards.size = 4
     spread, local = (noise_of(settings, plan, bytes(32), w, layer) for w in (replicas, shards))
     assert (spread.sum_dtype, local.sum_dtype) == (torch.float64, torch.float32)
+
+
+class TinyNegative(GaussianNoise):
+    """Noise that the grid rounds to zero, from below."""
+
+    def add_(self, tensor: Tensor, name: str, release: int, std: float) -> Tensor:
+        return tensor.sub_(1e-30)
+
+
+def test_the_sign_of_a_zero_does_not_tell_from_which_side_a_sum_was_rounded() -> None:
+    noise = GridNoise(TinyNegative(secret_from_seed(1)), noise_multiplier=SIGMA, dimension=2)
+    released = noise.add_(torch.tensor([0.0, -1e-30], dtype=torch.float64), "w", 0, STD)
+    assert not released.any()
+    assert not released.signbit().any()
