@@ -24,6 +24,12 @@ _OWN_COMMANDS = {
     "compare": ("compare", "run_compare"),
     "ablate": ("compare", "run_ablate"),
 }
+# Libraries of the extras, as they are imported.
+_EXTRAS = (
+    dict.fromkeys(("accelerate", "bitsandbytes", "peft", "psutil", "transformers"), "llm")
+    | dict.fromkeys(("audiomentations", "kornia", "librosa", "PIL", "soundfile"), "multimodal")
+    | {"datasets": "data", "matplotlib": "plots"}
+)
 
 HELP = """\
 usage: lightning-privacy COMMAND [options]
@@ -83,6 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"\nlightning-privacy stopped: {type(refusal).__name__}\n{refusal}", file=sys.stderr)
         return 2 if isinstance(refusal, ConfigurationError | UnsupportedOperationError) else 1
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in _EXTRAS:
+            raise
+        extra = _EXTRAS[library]
+        print(
+            f"\nlightning-privacy stopped: {library} is not installed. It comes with the extra "
+            f'`{extra}`: in a clone of the repository, `pip install ".[{extra}]"`.',
+            file=sys.stderr,
+        )
+        return 2
 
 
 def _refusal_behind(error: BaseException | None) -> PrivacyError | None:

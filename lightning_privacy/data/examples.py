@@ -231,7 +231,7 @@ def read_image(held: np.ndarray | str) -> np.ndarray:
         with Image.open(held) as image:
             return np.asarray(image.convert("L" if image.mode in {"1", "L"} else "RGB"))
     except OSError as error:
-        raise _unreadable("image", held) from error
+        raise unreadable("image", held, "Pillow cannot read it") from error
 
 
 def read_sound(held: Sound | str) -> Sound:
@@ -253,20 +253,30 @@ def read_sound(held: Sound | str) -> Sound:
     try:
         wave, sample_rate = soundfile.read(held, dtype="float32")
     except (OSError, RuntimeError) as error:
-        raise _unreadable("sound", held) from error
+        raise unreadable("sound", held, "soundfile cannot read it") from error
     return Sound(wave=wave, sample_rate=sample_rate)
+
+
+def unreadable(what: str, path: str, why: str) -> ConfigurationError:
+    """Refuse a file.
+
+    Args:
+        what: ``"image"`` or ``"sound"``.
+        path: Where it should be.
+        why: What is wrong with it.
+
+    Returns:
+        The error to raise.
+    """
+    return ConfigurationError(
+        must=f"Every {what} that an example names can be read.",
+        found=f"'{path}': {why}.",
+        cost="An example without it would be trained on as if it had none.",
+        remedy="Mend the file, or its path relative to the manifest; or leave the key out.",
+    )
 
 
 def _padded(rows: Sequence[Tensor], value: int, length: int | None) -> Tensor:
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
     missing = max(0, (length or 0) - padded.shape[1])
     return torch.nn.functional.pad(padded, (0, missing), value=value)
-
-
-def _unreadable(what: str, path: str) -> ConfigurationError:
-    return ConfigurationError(
-        must=f"Every {what} that an example names can be read.",
-        found=f"'{path}' cannot.",
-        cost="An example without it would be trained on as if it had none.",
-        remedy="Mend the path, which is relative to the manifest, or leave the column empty.",
-    )

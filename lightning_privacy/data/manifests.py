@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from lightning_privacy.data.examples import (
     Preprocessing,
     Sound,
     Task,
+    unreadable,
 )
 from lightning_privacy.data.multimodal import MultimodalDataModule
 from lightning_privacy.errors import ConfigurationError
@@ -136,9 +138,12 @@ class MultimodalFiles(MultimodalDataModule):
             ConfigurationError: If the files cannot be read.
         """
         sides: dict[bool, list[MultimodalExample]] = {True: [], False: []}
+        keys: set[str] = set()
         for number, row in enumerate(_rows(self.path, self._columns)):
             example = self._example(number, row)
             sides[self._held_out(example.user)].append(example)
+            keys.update(row)
+        self._warn_of_absent(keys)
         return MultimodalSplit(train=sides[False], validation=sides[True])
 
     def _held_out(self, user: str) -> bool:
@@ -147,8 +152,9 @@ class MultimodalFiles(MultimodalDataModule):
         return int.from_bytes(digest, "little") < self.val_fraction * 2**64
 
     def _example(self, number: int, row: Mapping[str, Any]) -> MultimodalExample:
-        held = {name: row.get(column) for name, column in self._columns.items()}
-        user = str(number if self._user_column is None else row[self._user_column])
+        # What is not read of an example need not be there.
+        read = {*self.modalities, "text", "label"}
+        held = {name: row.get(key) for name, key in self._columns.items() if name in read}
         label, continuation = 0, ""
         if self.task == "causal_lm":
             continuation = str(held["label"] or "")
@@ -156,13 +162,37 @@ class MultimodalFiles(MultimodalDataModule):
             label = self._number(held["label"], number)
         folder = self.path if self.path.is_dir() else self.path.parent
         return MultimodalExample(
-            user=user,
+            user=self._user(number, row),
             text=str(held["text"] or ""),
             label=label,
             continuation=continuation,
-            image=_image(held["image"], folder),
-            audio=_sound(held["audio"], folder),
+            image=_image(held.get("image"), folder),
+            audio=_sound(held.get("audio"), folder),
         )
+
+    def _user(self, number: int, row: Mapping[str, Any]) -> str:
+        if self._user_column is None:
+            return str(number)
+        if row.get(self._user_column) in (None, ""):
+            raise ConfigurationError(
+                must="Every example has a user under the key `data.user_column`.",
+                found=f"Example {number} of {self.path.name} has none under "
+                f"{self._user_column!r}, but the keys {', '.join(row)}.",
+                cost="It would be protected with nobody, or held out by itself.",
+                remedy="Mend the key or the example; null makes each example its own user.",
+            )
+        return str(row[self._user_column])
+
+    def _warn_of_absent(self, keys: set[str]) -> None:
+        for name in self.modalities:
+            if keys and self._columns[name] not in keys:
+                warnings.warn(
+                    f"No example of {self.path.name} has the {name} that is to be read, under the "
+                    f"key {self._columns[name]!r}; there are {', '.join(sorted(keys))}. Name the "
+                    f"right key by `data.{name}_column`, or leave {name} out of the modalities of "
+                    "data and model.",
+                    stacklevel=2,
+                )
 
     def _number(self, label: object, number: int) -> int:
         if self.labels is not None and str(label) in self.labels:
@@ -213,9 +243,9 @@ def _files(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
         row = rows.setdefault((file.parent.name, file.stem), {columns["label"]: file.parent.name})
         ending = file.suffix.lower()
         if ending in _IMAGES:
-            row[columns["image"]] = str(file)
+            row[columns["image"]] = str(file.absolute())
         elif ending in _SOUNDS:
-            row[columns["audio"]] = str(file)
+            row[columns["audio"]] = str(file.absolute())
         elif ending in _TEXTS:
             row[columns["text"]] = file.read_text(encoding="utf-8")
     if not rows:
@@ -223,11 +253,18 @@ def _files(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def _found(what: str, path: Path) -> str:
+    # Before the first step, and not when an example is drawn and ε was spent.
+    if not path.is_file():
+        raise unreadable(what, str(path), "there is no such file")
+    return str(path)
+
+
 def _image(held: Any, folder: Path) -> np.ndarray | str | None:
     if held is None or held == "":
         return None
     if isinstance(held, str):
-        return str(folder / held)
+        return _found("image", folder / held)
     return np.asarray(held)
 
 
@@ -235,7 +272,7 @@ def _sound(held: Any, folder: Path) -> Sound | str | None:
     if held is None or held == "":
         return None
     if isinstance(held, str):
-        return str(folder / held)
+        return _found("sound", folder / held)
     if isinstance(held, Mapping) and held.get("array") is not None:
         wave = np.asarray(held["array"], dtype=np.float32)
         return Sound(wave=wave, sample_rate=int(held["sampling_rate"]))

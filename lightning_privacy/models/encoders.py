@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.types import whole_number
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 _GROUPS = 4
@@ -183,6 +186,34 @@ def audio_encoder(settings: AudioSettings, width: int) -> ModalityEncoder:
         ]
     features = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(settings.tokens))
     return ModalityEncoder(features, sizes[-1], settings.tokens, settings.summary, width)
+
+
+def refuse_other_widths(
+    settings: Mapping[str, ImageSettings | AudioSettings], preprocessing: Any
+) -> None:
+    """Refuse data whose images or sounds have another number of channels than an encoder reads.
+
+    Args:
+        settings: Of the encoders, by modality.
+        preprocessing: What the data module does, with an ``image`` and an ``audio``.
+
+    Raises:
+        ConfigurationError: If the numbers differ.
+    """
+    for name, own in settings.items():
+        if isinstance(own, ImageSettings):
+            key, model, data = "channels", own.channels, preprocessing.image.channels
+            there = "`data.preprocessing.image.mode` (grey or rgb)"
+        else:
+            key, model, data = "features", own.features, preprocessing.audio.height
+            there = "`data.preprocessing.audio` (bands or coefficients)"
+        if model != data:
+            raise ConfigurationError(
+                must=f"The model's `{name}.{key}` is that of the data.",
+                found=f"The model has {model}, the data {data}.",
+                cost="The first batch would not pass the encoder.",
+                remedy=f"Set `model.{name}.{key}` to {data}, or change {there}.",
+            )
 
 
 def _require(settings: object, at_least: int, *names: str) -> None:

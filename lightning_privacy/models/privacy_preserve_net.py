@@ -26,6 +26,7 @@ from lightning_privacy.models.encoders import (
     ImageSettings,
     audio_encoder,
     image_encoder,
+    refuse_other_widths,
 )
 from lightning_privacy.models.losses import example_losses, frozen_head_losses
 from lightning_privacy.types import one_of, whole_number
@@ -304,13 +305,14 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
             stage: Lightning's stage; checked in every stage.
 
         Raises:
-            ConfigurationError: If the data lack a modality that the model reads, or are larger than
-                the model allows.
+            ConfigurationError: If the data lack a modality that the model reads, have it in another
+                number of channels, or are larger than the model allows.
         """
         super().setup(stage)
         if stage == "fit" and self.hparams["initial_weights"] is not None:
             start_from(self, self.hparams["initial_weights"], ("network.score", "network.lm_head"))
-        given = getattr(getattr(self.trainer, "datamodule", None), "modalities", self.modalities)
+        data = getattr(self.trainer, "datamodule", None)
+        given = getattr(data, "modalities", self.modalities)
         missing = [name for name in self.modalities if name not in given]
         if missing:
             raise ConfigurationError(
@@ -319,6 +321,9 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
                 cost="Every example would stand there without it.",
                 remedy="Add it to `data.modalities`, or take it out of `model.modalities`.",
             )
+        if hasattr(data, "preprocessing"):
+            read = {name: self._settings[name] for name in self.others}
+            refuse_other_widths(read, data.preprocessing)
 
     @property
     def _base(self) -> Any:

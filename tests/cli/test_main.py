@@ -37,3 +37,24 @@ def test_the_package_is_a_command():
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("library", "extra"), [("kornia.augmentation", "multimodal"), ("transformers", "llm")]
+)
+def test_a_missing_library_is_named_with_its_extra(library, extra, monkeypatch, capsys):
+    def absent(words):
+        raise ModuleNotFoundError(f"No module named '{library}'", name=library)
+
+    monkeypatch.setattr("lightning_privacy.cli._run", absent)
+    assert main(["fit"]) == 2
+    assert f'pip install ".[{extra}]"' in capsys.readouterr().err
+
+
+def test_another_missing_module_is_an_error_as_it_was(monkeypatch):
+    def absent(words):
+        raise ModuleNotFoundError("No module named 'mine'", name="mine")
+
+    monkeypatch.setattr("lightning_privacy.cli._run", absent)
+    with pytest.raises(ModuleNotFoundError, match="mine"):
+        main(["fit"])

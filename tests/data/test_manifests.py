@@ -59,6 +59,34 @@ def test_a_folder_for_each_class(tmp_path):
     assert set(batch["labels"].tolist()) == {0, 1}
 
 
+def test_a_folder_may_be_relative(tmp_path, monkeypatch):
+    (tmp_path / "own" / "cat").mkdir(parents=True)
+    for name in range(8):
+        files(tmp_path / "own" / "cat", name)
+    monkeypatch.chdir(tmp_path)
+    data = MultimodalFiles("own", labels=["cat"], modalities=["image", "audio"], val_fraction=0.3)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image_mask"].all()
+    assert batch["audio_mask"].all()
+
+
+def test_a_key_that_no_example_has_is_said(tmp_path):
+    rows = [{"caption": "a", "label": "no"} for _ in range(30)]
+    data = MultimodalFiles(
+        manifest(tmp_path, rows), labels=["no"], modalities=["text"], val_fraction=0.3
+    )
+    with pytest.warns(UserWarning, match=r"there are caption, label.*data\.text_column"):
+        data.setup()
+
+
+def test_what_is_not_read_need_not_be_there(tmp_path):
+    rows = [{"text": "a", "label": "no", "image": "gone.png"} for _ in range(30)]
+    data = MultimodalFiles(
+        manifest(tmp_path, rows), labels=["no"], modalities=["text"], val_fraction=0.3
+    )
+    assert "image" not in next(iter(data.train_dataloader()))
+
+
 def test_a_saved_data_set(tmp_path):
     datasets = pytest.importorskip("datasets")
     wave = np.sin(np.arange(1600) / 4).tolist()
@@ -94,14 +122,27 @@ def test_a_continuation_is_learnt_and_the_text_is_given(tmp_path):
     [
         ({"label": "maybe"}, "'maybe'"),
         ({"label": "no", "image": "none.png"}, "none.png"),
-        ({"label": "no", "audio": "none.wav"}, "none.wav"),
+        ({"label": "no", "audio": "none.wav"}, "none.wav': there is no such file"),
+        ({"label": "no", "image": "manifest.jsonl"}, "Pillow cannot"),
+        ({"label": "no", "audio": "manifest.jsonl"}, "soundfile cannot"),
     ],
     ids=str,
 )
 def test_what_cannot_be_read_is_refused(row, found, tmp_path):
-    data = MultimodalFiles(manifest(tmp_path, [row] * 30), labels=["no"], val_fraction=0.3)
+    rows = [{"text": "a", "image": "", "audio": "", **row}] * 30
+    data = MultimodalFiles(manifest(tmp_path, rows), labels=["no"], val_fraction=0.3)
     with pytest.raises(ConfigurationError, match=found):
         next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize("row", [{}, {"user": ""}, {"user": None}], ids=str)
+def test_an_example_without_a_user_is_refused(row, tmp_path):
+    rows = [{"text": "a", "label": "no", **row}] * 30
+    data = MultimodalFiles(
+        manifest(tmp_path, rows), labels=["no"], modalities=["text"], user_column="user"
+    )
+    with pytest.raises(ConfigurationError, match="none under 'user', but the keys text, label"):
+        data.setup()
 
 
 def test_a_place_with_nothing_in_it_is_refused(tmp_path):

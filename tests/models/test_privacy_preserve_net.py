@@ -220,6 +220,20 @@ def test_data_without_a_modality_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"image": ImageSettings(channels=3)}, "image.channels` to 1"),
+        ({"audio": AudioSettings(features=20)}, "audio.features` to 32"),
+    ],
+    ids=str,
+)
+def test_data_of_another_width_are_refused(settings, found):
+    data = GlyphsAndTones(GlyphCorpus(n_users=4))
+    with pytest.raises(ConfigurationError, match=found):
+        trainer_of(max_steps=1).fit(net(**settings), datamodule=data)
+
+
+@pytest.mark.parametrize(
     ("modalities", "settings"),
     [
         (["text", "image", "audio"], {}),
