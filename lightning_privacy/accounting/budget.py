@@ -88,7 +88,10 @@ class PrivacyLedger:
                 row = (dataset, *wanted)
                 connection.execute("INSERT INTO budgets VALUES (?, ?, ?)", row)
                 stored = wanted
-            if stored is None or wanted not in {None, tuple(stored)}:
+            if stored is None:
+                names = connection.execute("SELECT dataset FROM budgets ORDER BY dataset")
+                raise _no_budget(dataset, [name for (name,) in names])
+            if wanted not in {None, tuple(stored)}:
                 raise _other_budget(dataset, stored, wanted)
         self.budget: tuple[float, float] = (float(stored[0]), float(stored[1]))
 
@@ -284,10 +287,19 @@ def _checked_budget(limit: float, delta: float) -> tuple[float, float]:
     return limit, checked_delta(delta)
 
 
+def _no_budget(dataset: str, known: Sequence[str]) -> ConfigurationError:
+    return ConfigurationError(
+        must=f"the data set {dataset!r} has one budget (ε, δ)",
+        found="none; the ledger holds " + (", ".join(map(repr, known)) or "no data set"),
+        cost="runs that no budget limits",
+        remedy="check the name; for a new data set pass a budget (epsilon, delta) once",
+    )
+
+
 def _other_budget(dataset: str, stored: object, wanted: object) -> ConfigurationError:
     return ConfigurationError(
         must=f"the data set {dataset!r} has one budget (ε, δ)",
-        found="none" if stored is None else f"{stored} in the file and {wanted} here",
+        found=f"{stored} in the file and {wanted} here",
         cost="runs that are measured by different limits",
         remedy="pass budget=(epsilon, delta) once, and leave it out or repeat it later",
     )

@@ -55,6 +55,7 @@ class Claim:
         steps: Private steps charged.
         ceiling: δ(0): no attack on one unit has a larger advantage.
         generic: The same by (ε, δ) alone, whatever the mechanism.
+        examples: Length of the data set that the run drew from; None where it does not say.
     """
 
     epsilon: float
@@ -63,6 +64,7 @@ class Claim:
     steps: int
     ceiling: float
     generic: float
+    examples: int | None = None
 
 
 def run_audit(words: Sequence[str]) -> int:
@@ -78,10 +80,15 @@ def run_audit(words: Sequence[str]) -> int:
         ConfigurationError: There is no such checkpoint, or it is none of Lightning's.
     """
     options, rest = parsed(words)
+    _with_configuration(rest)
     claim = read_claim(options.checkpoint)
     _AuditCLI.rows = options.rows
     cli = _AuditCLI(["validate", *rest, "--ckpt_path", str(options.checkpoint)])
-    return 1 if print_audit(cli.leakage, claim, cli.validated) else 0
+    beyond = print_audit(cli.leakage, claim, cli.validated)
+    caution = other_data(claim, cli.members)
+    if caution:
+        print(caution)
+    return 1 if beyond else 0
 
 
 def parsed(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -104,6 +111,18 @@ def parsed(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--rows", type=int, default=512, help="most examples of each side (default 512)"
     )
     return parser.parse_known_args(words)
+
+
+def _with_configuration(words: Sequence[str]) -> None:
+    if any(word.startswith(("-c", "--config", "-h", "--help", "--data")) for word in words):
+        return
+    raise ConfigurationError(
+        must="an audit knows the data of the run",
+        found="no --config",
+        cost="no members to attack",
+        remedy="pass --config with the recipe of the run, or with the config.yaml that `fit` left "
+        "in the folder of its logger",
+    )
 
 
 def read_claim(checkpoint: Path) -> Claim | None:
@@ -142,7 +161,34 @@ def read_claim(checkpoint: Path) -> Claim | None:
         steps=ledger.count,
         ceiling=1.0 if known else advantage_ceiling(ledger.releases),
         generic=1.0 if math.isinf(spent) else generic_advantage_ceiling(spent, plan.delta),
+        examples=_examples(plan),
     )
+
+
+def other_data(claim: Claim | None, members: int) -> str:
+    """Say it where the configuration has other data than the run had, as far as a length shows.
+
+    Args:
+        claim: What the checkpoint says.
+        members: Length of the data set that the configuration trains on.
+
+    Returns:
+        A caution; empty where nothing is seen.
+    """
+    if claim is None or claim.examples in (None, members):
+        return ""
+    return (
+        f"Caution: the run drew from {claim.examples} examples, and this configuration trains on "
+        f"{members}. If the run had no rows of `Canaries`, these are other data: the members above "
+        "are not those of the run, and the verdict says nothing of it."
+    )
+
+
+def _examples(plan: PrivacyPlan) -> int | None:
+    # Only a public length fixes the rate; a declared one need not be that of the data.
+    if str(plan.unit) != "example" or str(plan.relation) != "zero_out" or plan.tiers:
+        return None
+    return round(plan.expected_batch_size / plan.sample_rate)
 
 
 def print_audit(leakage: Leakage, claim: Claim | None, validated: dict[str, float]) -> bool:
@@ -246,6 +292,7 @@ class _AuditCLI(PrivacyCLI):
 
     rows: ClassVar[int]
     leakage: Leakage
+    members: int
     validated: dict[str, float]
     _before: Any
 
@@ -269,3 +316,4 @@ class _AuditCLI(PrivacyCLI):
             pass
         reference: Reference = "adapters" if adapted else self._before.to(model.device)
         self.leakage = measure_leakage(model, self.datamodule, reference=reference, rows=self.rows)
+        self.members = len(self.datamodule.train_dataloader().dataset)

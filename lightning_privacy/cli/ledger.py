@@ -86,7 +86,10 @@ def _show(ledger: PrivacyLedger) -> None:
     from rich.text import Text
 
     limit, delta = ledger.budget
-    title = f"{ledger.dataset}: ε = {shown_epsilon(ledger.epsilon())} of {limit:g} at δ = {delta:g}"
+    spent = ledger.epsilon()
+    title = f"{ledger.dataset}: ε = {shown_epsilon(spent)} of {limit:g} at δ = {delta:g}"
+    if spent > limit:
+        title += ", more than the budget: no run fits"
     table = Table(title=Text(title), title_justify="left")
     for name in ("run", "state", "draws", "noise multiplier", "sample rate", "note"):
         table.add_column(name)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from lightning_privacy.audit import BlindBaseline, Leakage, UserInference, membership_figures
 from lightning_privacy.cli import main
-from lightning_privacy.cli.audit import Claim, print_audit, read_claim
+from lightning_privacy.cli.audit import Claim, other_data, print_audit, read_claim
 from lightning_privacy.errors import ConfigurationError
 
 pytest.importorskip("transformers")
@@ -87,6 +88,9 @@ def test_the_command_attacks_a_checkpoint(recipe, folder, capsys):
     ):
         assert part in shown
     assert f"{found.ceiling:.3f}" in shown
+    assert "Caution" not in shown
+    assert main(["audit", str(checkpoint), *words, "--data.embedded.n_users", "40"]) == 0
+    assert f"the run drew from {found.examples} examples" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -99,6 +103,18 @@ def test_known_noise_is_none(recipe, folder):
     assert found is not None
     assert math.isinf(found.epsilon)
     assert found.ceiling == 1.0
+
+
+def test_other_data_than_the_run_had_are_named():
+    assert other_data(None, 5) == other_data(claim(0.3), 5) == ""
+    known = Claim(**{**asdict(claim(0.3)), "examples": 544})
+    assert other_data(known, 544) == ""
+    assert "544 examples, and this configuration trains on 312" in other_data(known, 312)
+
+
+def test_a_configuration_is_asked_for(folder, capsys):
+    assert main(["audit", "some.ckpt"]) == 2
+    assert "no --config" in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint_is_refused(recipe, tmp_path, capsys):

@@ -26,6 +26,20 @@ def test_a_name_that_is_taken_is_refused(folder, capsys):
     assert "name of its own" in capsys.readouterr().err
 
 
+def test_a_name_that_is_misspelt_is_told_the_names_there_are(folder, capsys):
+    main([*ADD, "--run", "once", "--budget", "8", "1e-5"])
+    capsys.readouterr()
+    assert main([*SHOW[:-1], "leters"]) == 2
+    assert "the ledger holds 'letters'" in capsys.readouterr().err
+
+
+def test_what_is_more_than_the_budget_is_named(folder, capsys):
+    main([*ADD, "--run", "once", "--budget", "8", "1e-5"])
+    assert "more than the budget" not in capsys.readouterr().out
+    main([*ADD, "--run", "again", "--steps", "400"])
+    assert "more than the budget" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [SHOW, [*ADD, "--run", "x"]])
 def test_no_ledger_is_made_by_mistake(folder, capsys, words):
     assert main(words) == 2
