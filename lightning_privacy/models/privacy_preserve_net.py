@@ -321,8 +321,8 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
                 cost="Every example would stand there without it.",
                 remedy="Add it to `data.modalities`, or take it out of `model.modalities`.",
             )
-        if hasattr(data, "preprocessing"):
-            read = {name: self._settings[name] for name in self.others}
+        if data is not None and hasattr(data, "preprocessing"):
+            read = {str(name): self._settings[name] for name in self.others}
             refuse_other_widths(read, data.preprocessing)
 
     @property
