@@ -188,7 +188,7 @@ class AttentionNoise(Callback):
         planned = trainer.estimated_stepping_batches
         done = min(1.0, trainer.global_step / planned) if planned else 0.0
         self._shared.std = self.base_std * float(self.schedule(done))
-        every = trainer.log_every_n_steps
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged = bool(every) and (trainer.global_step + 1) % every == 0
         self._shared.begin(("train", trainer.current_epoch, batch_idx), measuring=logged)
 
