@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from lightning_privacy.accounting import GaussianRelease, epsilon
 from lightning_privacy.audit.bounds import (
     FamilyBound,
@@ -26,6 +28,7 @@ from lightning_privacy.audit.checks import (
 )
 from lightning_privacy.audit.fits import Audited, Devices, Probe
 from lightning_privacy.audit.probe import ProbeSettings
+from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.metrics.functional.scores import Scores
 
 if TYPE_CHECKING:
@@ -116,7 +119,11 @@ def verify_trainer(  # noqa: PLR0913 - one argument for each thing that can be a
     Returns:
         All checks, the same on every rank. An exception of the trainer is a failed audit, not an
         exception.
+
+    Raises:
+        ConfigurationError: ``audited`` does not make callbacks.
     """
+    _require_maker(audited)
     base = ProbeSettings(
         steps=240,
         noise_multiplier=_ALMOST_NONE,
@@ -138,6 +145,19 @@ def verify_trainer(  # noqa: PLR0913 - one argument for each thing that can be a
         except Exception as error:  # noqa: BLE001
             return TrainerAudit(checks=tuple(checks), error=f"{type(error).__name__}: {error}")
     return TrainerAudit(checks=tuple(checks))
+
+
+def _require_maker(audited: object) -> None:
+    kind = audited if isinstance(audited, type) else type(audited)
+    if not callable(audited) or issubclass(kind, nn.Module):
+        raise ConfigurationError(
+            must="what is audited makes the callback: the class DifferentialPrivacy, or a function "
+            "of its arguments",
+            found=f"{kind.__name__}, which is a module or was made already",
+            cost="the audit fits a probe of its own several times, each with other settings",
+            remedy="verify_trainer(DifferentialPrivacy); for settings of your own, "
+            "verify_trainer(functools.partial(DifferentialPrivacy, ...))",
+        )
 
 
 def _stages(probe: Probe, base: ProbeSettings) -> Iterator[list[Check]]:

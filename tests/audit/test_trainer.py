@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 
 import pytest
+from torch import nn
 
 from lightning_privacy import DifferentialPrivacy
 from lightning_privacy.audit import trainer_tightness, verify_trainer
+from lightning_privacy.errors import ConfigurationError
 from tests.audit.mutants import MUTANTS
 from tests.callbacks.training import LIGHTNING_NOISE
 
@@ -23,6 +26,14 @@ def test_the_shipped_trainer_passes() -> None:
     audit = verify_trainer(DifferentialPrivacy)
     assert audit.passed, str(audit)
     assert len(audit.checks) > 40
+
+
+@pytest.mark.parametrize(
+    "audited", [nn.Linear(2, 2), nn.Linear, DifferentialPrivacy(epsilon=1.0, delta=1e-5)]
+)
+def test_what_makes_no_callback_is_refused(audited: Any) -> None:
+    with pytest.raises(ConfigurationError, match="makes the callback"):
+        verify_trainer(audited)
 
 
 @pytest.mark.parametrize("name", ROTATING)
