@@ -79,6 +79,8 @@ def test_known_secrets_are_measured() -> None:
     from lightning_privacy.data import SecretsCorpus, SyntheticSecrets, TextCorpus
     from lightning_privacy.models import CausalLanguageModel
 
+    # Of six members' fresh texts an unlucky model shows little: the users' figure went to 0.53 once.
+    torch.manual_seed(0)
     corpus = SecretsCorpus(n_users=16, docs_per_user=1, digits=1)
     data = SyntheticSecrets(corpus, batch_size=16)
     model = CausalLanguageModel(hidden_size=16, num_layers=1, num_heads=2, learning_rate=0.03)
