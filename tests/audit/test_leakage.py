@@ -79,7 +79,7 @@ def test_known_secrets_are_measured() -> None:
     from lightning_privacy.data import SecretsCorpus, SyntheticSecrets, TextCorpus
     from lightning_privacy.models import CausalLanguageModel
 
-    # Of six members' fresh texts an unlucky model shows little: the users' figure went to 0.53 once.
+    # Six members' fresh texts show little of an unlucky model: 0.53 for users was seen once.
     torch.manual_seed(0)
     corpus = SecretsCorpus(n_users=16, docs_per_user=1, digits=1)
     data = SyntheticSecrets(corpus, batch_size=16)
