@@ -27,12 +27,13 @@ class Draw:
         self.weights: Sequence[float] = ()
         self.units: UnitRows | None = None
 
-    def before_backward(self, step: PrivateStep, module: LightningModule) -> bool:
+    def before_backward(self, step: PrivateStep, module: LightningModule, more: object) -> bool:
         """Refuse, or make room for, another backward on the same draw; and arm the step for it.
 
         Args:
             step: The private step, whose running sums may have to go.
             module: Whose backward it is.
+            more: What it is given besides the optimizer; a second one would not have that.
 
         Returns:
             Whether the backward has to keep its graph.
@@ -46,7 +47,7 @@ class Draw:
             # Otherwise what the first loss left for other optimizers would be in the sum as well.
             step.discard()
         # A backward of the module's own may not know how to keep one.
-        return step.arm(twice=type(module).backward is LightningModule.backward)
+        return step.arm(twice=not more and type(module).backward is LightningModule.backward)
 
     def after_backward(self) -> None:
         """Note that there are sums to be released."""

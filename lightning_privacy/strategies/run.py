@@ -187,7 +187,7 @@ class PrivateRun:
             raise LossReached
         step = self._step()
         with self._restoring(), torch.compiler.set_stance("force_eager"):
-            if twice := self._draw.before_backward(step, self.module):
+            if twice := self._draw.before_backward(step, self.module, arguments[1:] or named):
                 named |= {"retain_graph": True}
             result = ordinary(loss, *arguments, **named)
             step.end(loss if twice else None)

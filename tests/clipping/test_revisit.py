@@ -378,7 +378,14 @@ class Manual(Module):
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", [Module, Manual, OwnBackward])
+class Weighted(Manual):
+    """Gives its backward a gradient, which a second backward would not have."""
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().manual_backward(loss, gradient=torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("kind", [Module, Manual, OwnBackward, Weighted])
 @pytest.mark.filterwarnings("ignore:.*own backward", "ignore:.*overrides")
 def test_a_fit(
     kept: list[str], monkeypatch: pytest.MonkeyPatch, kind: type[Module], tmp_path: Any
@@ -403,4 +410,4 @@ def test_a_fit(
     )
     trainer.fit(module, DataLoader(data, batch_size=16 if manual else 4))
     assert privacy.steps == 3
-    assert bool(kept) == (kind is not OwnBackward)
+    assert bool(kept) == (kind not in (OwnBackward, Weighted))
