@@ -101,13 +101,15 @@ class Revisit:
         Returns:
             Whether others are left.
         """
-        left = [room(leaf.device) for leaf in [*self._anchors.values()][:1]]
+        if not self._anchors:
+            return False
+        free = room(next(iter(self._anchors.values())).device)
         for name in [*self._anchors]:
-            left[0] -= _ROOM * self._sizes[name]
-            if left[0] < 0:
-                break
+            free -= _ROOM * self._sizes[name]
+            if free < 0:
+                return True
             del self._anchors[name]
-        return bool(self._anchors)
+        return False
 
     # ------------------------------------------------------------------ both backwards
     def left(self, name: str) -> bool:
