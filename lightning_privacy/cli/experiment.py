@@ -54,7 +54,8 @@ def outcome_of(
     Returns:
         What the model reached; None if another process trains it and is not to be waited for.
     """
-    lock = FileLock(folder / f"{_slug(variant)}-seed{seed}.lock", blocking=wait)
+    place = _place(folder, variant, seed)
+    lock = FileLock(place.with_name(f"{place.name}.lock"), blocking=wait)
     try:
         with lock:
             return VariantFit(words, variant, seed, folder, progress).outcome
@@ -85,7 +86,7 @@ class VariantFit(PrivacyCLI):
         progress: Callable[[int, int], None],
     ) -> None:
         self._variant, self._seed, self._progress = variant, seed, progress
-        self._folder = folder / f"{_slug(variant)}-seed{seed}"
+        self._folder = _place(folder, variant, seed)
         self._started = time.monotonic()
         self.outcome: Outcome | None = None
         super().__init__(["fit", *words])
@@ -211,6 +212,10 @@ def _quiet(folder: Path) -> Namespace:
         enable_model_summary=False,
         enable_checkpointing=False,
     )
+
+
+def _place(folder: Path, variant: Variant, seed: int) -> Path:
+    return folder / f"{_slug(variant)}-seed{seed}"
 
 
 def _slug(variant: Variant) -> str:
