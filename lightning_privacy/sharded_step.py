@@ -2,18 +2,20 @@
 
 An operation sees the whole parameter, gathered for it, so each rank captures whole gradients of
 its own examples, and their norms are complete: no norm crosses a rank. The clipped sum of each
-parameter is reduce-scattered as soon as a micro-batch has it, and kept as a shard; each rank draws
-the noise of its shard.
+parameter is reduce-scattered as soon as a micro-batch has it, while the next ones are computed, and
+kept as a shard; each rank draws the noise of its shard.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from lightning_privacy.step import PrivateStep
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lightning_privacy.sampling import UnitRows
+
+# Sums that travel while the next ones are computed; each is held whole until it has arrived.
+_UNDER_WAY = 3
 
 
 class ShardedStep(PrivateStep):
@@ -42,6 +47,7 @@ class ShardedStep(PrivateStep):
         self.held = {name: shards[name] for name in self.parameters}
         self._names |= {id(shard): name for name, shard in self.held.items()}
         self._to_come = list(self.parameters)
+        self._under_way: deque[tuple[str, Tensor, Tensor, Any]] = deque()
 
     def begin(self, weights: Sequence[float], units: UnitRows | None = None) -> None:
         """See `PrivateStep.begin`."""
@@ -55,6 +61,12 @@ class ShardedStep(PrivateStep):
         super().end(loss)
         while self._to_come:
             self._scatter(self._to_come.pop(0), None)
+        self._arrive(0)
+
+    def discard(self) -> None:
+        """See `PrivateStep.discard`."""
+        self._under_way.clear()
+        super().discard()
 
     def _add(self, name: str, gradient: Tensor) -> None:
         while self._to_come[0] != name:
@@ -67,13 +79,18 @@ class ShardedStep(PrivateStep):
         if gradient is None:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             gradient = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        own = gradient.view(parameter.shape)
-        if isinstance(shard, DTensor):
-            whole = DTensor.from_local(own, shard.device_mesh, [Partial()], run_check=False)
-            own = whole.redistribute(placements=shard.placements).to_local()
-        else:
-            own = self._world.sum_(own.contiguous())
-        super()._add(name, own)
+        whole = gradient.view(parameter.shape).contiguous()
+        own, work = _reduce_scattered(whole, shard)
+        self._under_way.append((name, own, whole, work))
+        self._arrive(_UNDER_WAY)
+
+    def _arrive(self, left: int) -> None:
+        """Keep the oldest shards, until so many are still under way."""
+        while len(self._under_way) > left:
+            name, own, _, work = self._under_way.popleft()
+            if work is not None:
+                work.wait()
+            super()._add(name, own)
 
     def _total(self, names: tuple[str, ...]) -> Tensor:
         parts = []
@@ -98,6 +115,19 @@ class ShardedStep(PrivateStep):
                     shape=shard.shape, stride=shard.stride(),
                 )  # fmt: skip
             shard.grad = piece
+
+
+def _reduce_scattered(whole: Tensor, shard: nn.Parameter) -> tuple[Tensor, Any]:
+    """What this rank holds of the sum over ranks, and what to wait for before it is there."""
+    if not isinstance(shard, DTensor):
+        return whole, dist.all_reduce(whole, async_op=True)
+    mesh, size = shard.device_mesh, shard.device_mesh.size()
+    if tuple(shard.placements) == (Shard(0),) and len(whole) % size == 0:
+        own = whole.new_empty(len(whole) // size, *whole.shape[1:])
+        group = mesh.get_group()
+        return own, dist.reduce_scatter_tensor(own, whole, group=group, async_op=True)
+    parts = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
+    return parts.redistribute(placements=shard.placements).to_local(), None
 
 
 def _local(shard: nn.Parameter) -> Tensor:
