@@ -17,6 +17,7 @@ come from one frozen plan, and the sensitivity from the rule itself.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
     from lightning_privacy.types import LossReduction
 
 
-# Small parameters share one draw of noise, up to so many elements; a larger one has its own. On the
-# CPU, where a draw costs less than a copy, fewer are small.
+# Parameters share a draw of noise and an exchange, up to so many elements; but not with those of the
+# buffer, whose sums lie together. On the CPU, where a draw costs less than a copy, fewer do.
 _SMALL, _SMALL_ON_CPU, _BUNDLE = 2**20, 2**16, 2**26
 
 
@@ -315,16 +316,16 @@ class PrivateStep:
 
     def _bundles(self, chosen: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, ...]]:
         """Parameters that get their noise in one draw: a function of the chosen ones alone."""
-        bundles: dict[tuple[torch.device, torch.dtype, int], list[str]] = {}
-        filled = 0
+        bundles: dict[tuple[object, ...], list[str]] = {}
+        filled: Counter[tuple[object, ...]] = Counter()
         for name, parameter in chosen.items():
-            small = _SMALL_ON_CPU if parameter.device.type == "cpu" else _SMALL
-            if parameter.numel() > small:
+            size, device = parameter.numel(), parameter.device
+            if size > (_SMALL_ON_CPU if device.type == "cpu" else _BUNDLE):
                 yield (name,)
                 continue
-            filled += parameter.numel()
-            kind = parameter.device, parameter.dtype, filled // _BUNDLE
-            bundles.setdefault(kind, []).append(name)
+            kind = device, parameter.dtype, size > _SMALL
+            filled[kind] += size
+            bundles.setdefault((*kind, filled[kind] // _BUNDLE), []).append(name)
         yield from map(tuple, bundles.values())
 
     def _total(self, names: tuple[str, ...]) -> Tensor:

@@ -187,6 +187,23 @@ def test_noise_is_of_the_rule_s_sensitivity_and_added_once(kind: str) -> None:
     assert abs(float(noise.mean())) < 4 * sigma * clip_norm / public / math.sqrt(noise.numel())
 
 
+@pytest.mark.parametrize(("most", "count"), [(20, 3), (40, 3), (1000, 2)])
+def test_large_parameters_share_a_draw_where_launches_are_dear(
+    model: nn.Module, most: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = total(model, X)
+    for name, size in (("_SMALL", 8), ("_SMALL_ON_CPU", 1000), ("_BUNDLE", most)):
+        monkeypatch.setattr(f"lightning_privacy.step.{name}", size)
+    step = step_of(model)
+    bundles = list(step._bundles(step.parameters))
+    step.close()
+    assert len(bundles) == count
+    assert sorted(name for names in bundles for name in names) == sorted(step.parameters)
+    for names in bundles:  # those of the buffer apart
+        assert len({step.parameters[name].numel() > 8 for name in names}) == 1
+    assert difference(total(model, X), alone) == 0.0
+
+
 def test_every_release_has_noise_of_its_own(model: nn.Module) -> None:
     step = step_of(model, noise_multiplier=1.0)
     first, second = released(step, 0), released(step, 1)

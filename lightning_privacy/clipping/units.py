@@ -6,6 +6,7 @@ Legend: ``B`` rows, ``U`` units, ``K`` groups of parameters that are clipped tog
 from __future__ import annotations
 
 import dataclasses
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -215,16 +216,14 @@ def _group_norms(
     further: Sequence[Tensor],
 ) -> Tensor:
     """``[K, U]`` squared norms by group."""
-    totals = torch.zeros(rule.groups, len(scale), device=scale.device, dtype=scale.dtype)
-    by_group: dict[int, dict[str, list[Contribution]]] = {}
+    by_group: list[dict[str, list[Contribution]]] = [{} for _ in range(rule.groups)]
     for name, items in gathered.items():
-        by_group.setdefault(rule.group_of(name), {})[name] = items
-    norms = [(group, squared_norms(members)) for group, members in by_group.items()]
-    for group, of_group in (*norms, (0, further)):
-        for norm in of_group:
-            totals = totals.to(torch.promote_types(totals.dtype, norm.dtype))
-            totals[group] += norm
-    return totals * scale.to(totals.dtype).square()
+        by_group[rule.group_of(name)][name] = items
+    norms = [[torch.zeros_like(scale), *squared_norms(members)] for members in by_group]
+    norms[0] += further
+    dtype = reduce(torch.promote_types, (norm.dtype for group in norms for norm in group))
+    totals = [torch.stack([norm.to(dtype) for norm in group]).sum(0) for group in norms]
+    return torch.stack(totals) * scale.to(dtype).square()
 
 
 def _sum_up(
