@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from lightning_privacy.types import LossReduction
 
 
-# Parameters share a draw of noise and an exchange, up to so many elements; but not with those of the
+# Parameters share a draw of noise and an exchange, up to so many elements; not with those of the
 # buffer, whose sums lie together. On the CPU, where a draw costs less than a copy, fewer do.
 _SMALL, _SMALL_ON_CPU, _BUNDLE = 2**20, 2**16, 2**26
 

@@ -33,7 +33,8 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
         mesh: One dimension, the ranks.
 
     Raises:
-        UnsupportedOperationError: A parameter belongs to the LightningModule itself.
+        UnsupportedOperationError: A parameter belongs to the LightningModule itself; or torch
+            cannot shard bytes.
     """
     if any(True for _ in sharded_parts(module)):
         return
@@ -50,9 +51,11 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
         if next(child.parameters(), None) is None:
             continue
         whole = {p for p in child.parameters() if p not in packed and not _can_be_sharded(p)}
-        for block in _blocks(child):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-        fully_shard(child, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        for part in (*_blocks(child), child):
+            try:
+                fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+            except RuntimeError as error:
+                raise _bytes_refused(error) if packed else error from None
 
 
 class Root(nn.Module):
@@ -190,6 +193,16 @@ def _require_plain_shards(name: str, parameter: nn.Parameter) -> None:
             remedy="use one data-parallel dimension: ModelParallelStrategy(data_parallel_size="
             '<all ranks>, tensor_parallel_size=1), or strategy="private_fsdp"',
         )
+
+
+def _bytes_refused(error: RuntimeError) -> UnsupportedOperationError:
+    # torch 2.11 wants a gradient of every shard that it makes, and changes its mind afterwards.
+    return UnsupportedOperationError(
+        must="torch shards a base in 4 bits, which is bytes",
+        found=f"torch {torch.__version__}: {error}",
+        cost="a base that is whole on every device",
+        remedy="use torch 2.13 or later; or private_ddp, where each device holds the whole base",
+    )
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
