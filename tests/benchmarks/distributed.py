@@ -39,8 +39,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_privacy.models._loading import made_up_base
 
 GIB = 2**30
-WARM = 8
-"""Steps that are not counted: a private run looks more closely at steps 1, 2, 4 and 8."""
+WARM = 16
+"""Steps that are not counted: a private run looks more closely at steps 1, 2, 4, 8 and 16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--unchecked", action="store_true")
