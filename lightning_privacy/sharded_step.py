@@ -59,6 +59,7 @@ class ShardedStep(PrivateStep):
     def end(self, loss: Tensor | None = None) -> None:
         """See `PrivateStep.end`; then take part in the sums to which this rank adds nothing."""
         super().end(loss)
+        self._settle()
         while self._to_come:
             self._scatter(self._to_come.pop(0), None)
         self._arrive(0)

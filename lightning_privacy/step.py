@@ -17,7 +17,7 @@ come from one frozen plan, and the sensitivity from the rule itself.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,23 +36,19 @@ from lightning_privacy.clipping.revisit import Revisit, large_matrices
 from lightning_privacy.clipping.statistics import Signal, StepStatistics
 from lightning_privacy.clipping.tiers import TieredClipping
 from lightning_privacy.clipping.units import ClippedSum, Units, clipped_sum, sent
-from lightning_privacy.distributed import World
+from lightning_privacy.distributed import Departures, World
 from lightning_privacy.errors import ConfigurationError, GuaranteeError
+from lightning_privacy.noise import bundles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lightning_privacy.clipping.buffer import BufferLayout, RowBuffer
-    from lightning_privacy.clipping.contributions import Contribution
+    from lightning_privacy.clipping.contributions import Found
     from lightning_privacy.noise.base import NoiseMechanism
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.sampling import UnitRows
     from lightning_privacy.types import LossReduction
-
-
-# Parameters share a draw of noise and an exchange, up to so many elements; not with those of the
-# buffer, whose sums lie together. On the CPU, where a draw costs less than a copy, fewer do.
-_SMALL, _SMALL_ON_CPU, _BUNDLE = 2**20, 2**16, 2**26
 
 
 class PrivateStep:
@@ -104,6 +100,7 @@ class PrivateStep:
         self._weights: tuple[float, ...] = ()
         self._rows: UnitRows | None = None
         self._open = OpenUnit(local_rate)
+        self._last: tuple[Found, Units, RowBuffer | None] | None = None
         self._buffered: BufferLayout | None = None
         self._sums: dict[str, Tensor] = {}
         self._buffered_sum: Tensor | None = None
@@ -126,7 +123,7 @@ class PrivateStep:
     @property
     def pending(self) -> bool:
         """Whether clipped sums wait for their release."""
-        return bool(self._parts)
+        return bool(self._parts) or self._last is not None
 
     def begin(self, weights: Sequence[float], units: UnitRows | None = None) -> None:
         """Start a micro-batch of ``len(weights)`` rows.
@@ -197,9 +194,10 @@ class PrivateStep:
             self._open.add(found, self.parameters, self._units(), capture.buffer)
             if self._rows is not None and self._rows.unfinished:
                 self._open.step(self.parameters, len(self._weights), self._rows.sizes[0])
-            self._settle()
         else:
-            self._clip(found, self._units(), capture.buffer)
+            self._last = found, self._units(), capture.buffer
+        if self._last is None or self._world.alone:
+            self._settle()
 
     def contribute(self, gradients: Mapping[str, Tensor]) -> None:
         """Clip and add units whose gradients are known, without forward and backward.
@@ -212,27 +210,31 @@ class PrivateStep:
         """
         self._settle()
         one = next(iter(gradients.values()))
-        found: dict[str, list[Contribution]] = {n: [Dense(g)] for n, g in gradients.items()}
+        found: Found = {name: [Dense(gradient)] for name, gradient in gradients.items()}
         self._clip(found, Units.rows(one.new_ones(len(one)), 1.0))
 
     def _settle(self) -> None:
-        """Clip the unit that was spread over micro-batches, unless the next one goes on with it."""
+        """Clip the last micro-batch, and a unit of several, unless the next one goes on with it."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            self._clip(*last)
         if self._open and not (self._rows is not None and self._rows.unfinished):
             self._clip(*self._open.close())
 
     def _clip(
         self,
-        found: dict[str, list[Contribution]],
+        found: Found,
         units: Units,
         buffer: RowBuffer | None = None,
         norms: Sequence[Tensor] = (),
+        add: Callable[[str, Tensor], None] | None = None,
     ) -> ClippedSum:
         rule: ClippingRule = self._rule
         if self._rows is not None and self._rows.clip_shares is not None:
             shares = sent(torch.tensor(self._rows.clip_shares), units.scale.device)
             rule = TieredClipping(rule, shares)
         part = clipped_sum(
-            found, self.parameters, units, rule, buffer, self._share, self._add, norms
+            found, self.parameters, units, rule, buffer, self._share, add or self._add, norms
         )
         if part.buffered is not None and buffer is not None:
             self._add_buffered(buffer.layout, part.buffered)
@@ -287,46 +289,43 @@ class PrivateStep:
         Returns:
             Statistics of the draw.
         """
+        last, self._last = self._last, None
         self._settle()
         if self._open:
             raise incomplete_unit()
         chosen = self.parameters if parameters is None else self._chosen(parameters)
-        std = self.noise_std * self._share
-        measured = Signal(std, self._world, wanted=signal)
-        noised = self._noised(chosen, release, std * self._world.noise_share, measured)
-        for names, total in self._world.summed(noised):
+        measured = Signal(self.noise_std * self._share, self._world, wanted=signal)
+
+        def arrived(names: tuple[str, ...], total: Tensor) -> None:
             measured.after(total)
             self._hand_over(names, total)
+
+        found, _, buffer = last or ({}, None, None)
+        missing = [*found, *(buffer.layout.shapes if buffer else ())]
+        noised = partial(self._noised, release=release, measured=measured)
+        departures = Departures(bundles(chosen), noised, self._world.exchange(arrived), missing)
+
+        def add(name: str, gradient: Tensor) -> None:
+            self._add(name, gradient)
+            departures.added(name)
+
+        if last is not None:
+            self._clip(*last, add=add)
+        departures.finish()
         statistics = StepStatistics(self._parts, measured, self._world)
         if parameters is None or (not self._sums and self._buffered_sum is None):
             self.discard()
         return statistics
 
-    def _noised(
-        self, chosen: Mapping[str, nn.Parameter], release: int, std: float, measured: Signal
-    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        """This rank's clipped sums, each with this rank's noise: nothing else leaves a rank."""
-        for names in self._bundles(chosen):
-            total = self._total(names)
-            measured.before(total)
-            if std:
-                total = total.to(torch.promote_types(total.dtype, self._noise.sum_dtype))
-                self._noise.add_(total, "\n".join(names), release, std)
-            yield names, total
-
-    def _bundles(self, chosen: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, ...]]:
-        """Parameters that get their noise in one draw: a function of the chosen ones alone."""
-        bundles: dict[tuple[object, ...], list[str]] = {}
-        filled: Counter[tuple[object, ...]] = Counter()
-        for name, parameter in chosen.items():
-            size, device = parameter.numel(), parameter.device
-            if size > (_SMALL_ON_CPU if device.type == "cpu" else _BUNDLE):
-                yield (name,)
-                continue
-            kind = device, parameter.dtype, size > _SMALL
-            filled[kind] += size
-            bundles.setdefault((*kind, filled[kind] // _BUNDLE), []).append(name)
-        yield from map(tuple, bundles.values())
+    def _noised(self, names: tuple[str, ...], release: int, measured: Signal) -> Tensor:
+        """This rank's clipped sum with this rank's noise: nothing else leaves a rank."""
+        total = self._total(names)
+        measured.before(total)
+        std = self.noise_std * self._share * self._world.noise_share
+        if std:
+            total = total.to(torch.promote_types(total.dtype, self._noise.sum_dtype))
+            self._noise.add_(total, "\n".join(names), release, std)
+        return total
 
     def _total(self, names: tuple[str, ...]) -> Tensor:
         """The clipped sums of a bundle, flat; zeros where nothing contributed."""
@@ -355,6 +354,7 @@ class PrivateStep:
         """Drop the running sums: a draw that is not released."""
         self._sums.clear()
         self._parts.clear()
+        self._last = None
         self._open.drop()
         self._buffered_sum = None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_privacy.clipping.statistics import StepStatistics
 from lightning_privacy.clipping.tagging import TaggedParameter
 from lightning_privacy.errors import ConfigurationError, GuaranteeError, UnsupportedOperationError
-from lightning_privacy.noise import GaussianNoise, secret_from_seed
+from lightning_privacy.noise import GaussianNoise, bundles, secret_from_seed
 from lightning_privacy.step import PrivateStep
 from tests.clipping.reference import (
     Gradients,
@@ -193,14 +193,8 @@ def test_large_parameters_share_a_draw_where_launches_are_dear(
 ) -> None:
     alone = total(model, X)
     for name, size in (("_SMALL", 8), ("_SMALL_ON_CPU", 1000), ("_BUNDLE", most)):
-        monkeypatch.setattr(f"lightning_privacy.step.{name}", size)
-    step = step_of(model)
-    bundles = list(step._bundles(step.parameters))
-    step.close()
-    assert len(bundles) == count
-    assert sorted(name for names in bundles for name in names) == sorted(step.parameters)
-    for names in bundles:  # those of the buffer apart
-        assert len({step.parameters[name].numel() > 8 for name in names}) == 1
+        monkeypatch.setattr(f"lightning_privacy.noise.bundling.{name}", size)
+    assert len(bundles(dict(model.named_parameters()))) == count
     assert difference(total(model, X), alone) == 0.0
 
 

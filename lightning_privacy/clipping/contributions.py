@@ -153,6 +153,7 @@ class Lookup:
 
 
 Contribution = Dense | Outer | Lookup
+Found = dict[str, list[Contribution]]
 
 
 def combine(contributions: list[Contribution], shape: Size) -> list[Contribution]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from lightning_privacy.distributed.exchange import Exchange
 from lightning_privacy.distributed.world import World
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -28,13 +29,13 @@ class Shards(World):
         """1: a coordinate is on one rank only, which draws all of its noise."""
         return 1
 
-    def summed(self, parts: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
-        """Nothing: shards were added up when they were made.
+    def exchange(self, arrived: Callable[[Key, Tensor], object]) -> Exchange[Key]:
+        """Nothing to add up: shards were added up when they were made.
 
         Args:
-            parts: This rank's shards.
+            arrived: Called with each key and this rank's shard.
 
-        Yields:
-            The same.
+        Returns:
+            What takes the shards.
         """
-        yield from parts
+        return Exchange(arrived, adding=False)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import secrets
-from collections import deque
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import torch
 import torch.distributed as dist
 
+from lightning_privacy.distributed.exchange import Exchange
 from lightning_privacy.distributed.watch import Watch
 from lightning_privacy.errors import (
     BudgetExceededError,
@@ -29,7 +29,7 @@ from lightning_privacy.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -41,8 +41,6 @@ _FAILED, _TOGETHER, _VALUE, _STEP = range(4)
 _PATIENCE: Final = timedelta(seconds=60)
 # How much longer the others have to end by themselves.
 _GRACE: Final = timedelta(seconds=10)
-# Sums under way while the next noise is drawn; each holds a bundle of gradients.
-_UNDER_WAY = 2
 _KINDS: Final = {
     kind.__name__: kind
     for kind in (
@@ -298,25 +296,16 @@ class World:
         """
         return 1 / math.sqrt(self.noise_parts)
 
-    def summed(self, parts: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
+    def exchange(self, arrived: Callable[[Key, Tensor], object]) -> Exchange[Key]:
         """Add up tensors over all ranks, in place, while the next ones are prepared.
 
         Args:
-            parts: The same keys in the same order on every rank, each with a tensor.
+            arrived: Called with each key and its sum, in order.
 
-        Yields:
-            Each key with the sum, the same bits on every rank.
+        Returns:
+            What takes the tensors.
         """
-        if self.alone:
-            yield from parts
-            return
-        under_way: deque[tuple[Key, Tensor, Any]] = deque()
-        for key, tensor in parts:
-            under_way.append((key, tensor, dist.all_reduce(tensor, async_op=True)))
-            if len(under_way) > _UNDER_WAY:
-                yield _arrived(under_way.popleft())
-        while under_way:
-            yield _arrived(under_way.popleft())
+        return Exchange(arrived, adding=not self.alone)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up one tensor over all ranks, in place.
@@ -349,12 +338,6 @@ class UnheardError(GuaranteeError):
 def _control_group(_world: Any) -> Any:
     """One group for words beside each default group; made by all ranks at the same moment."""
     return dist.new_group(backend="gloo")
-
-
-def _arrived(part: tuple[Key, Tensor, Any]) -> tuple[Key, Tensor]:
-    key, tensor, work = part
-    work.wait()
-    return key, tensor
 
 
 def _described(error: Exception) -> list[str]:

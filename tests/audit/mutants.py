@@ -324,7 +324,7 @@ def noising(add: Callable[..., Tensor]) -> Any:
 
 def one_by_one() -> Any:
     """No parameters share a draw of noise, as large ones do not."""
-    return patched(PrivateStep, "_bundles", lambda _self, chosen: ((name,) for name in chosen))
+    return patched(step_module, "bundles", lambda chosen: [(name,) for name in chosen])
 
 
 def weaker(factor: float) -> Any:

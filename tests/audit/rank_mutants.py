@@ -17,7 +17,7 @@ from lightning_privacy import step as step_module
 from lightning_privacy.audit import verify_trainer
 from lightning_privacy.callbacks import _ranks, _state
 from lightning_privacy.clipping.norms import FlatClipping
-from lightning_privacy.distributed import World
+from lightning_privacy.distributed import Exchange, World
 from lightning_privacy.noise import fresh_secret
 from lightning_privacy.sampling import ShardedSampler, micro_batches, shards
 from lightning_privacy.step import PrivateStep
@@ -101,11 +101,10 @@ def every_rank_adds_noise_after_the_sum() -> Iterator[Audited]:
 def summing(change: Any) -> Any:
     """Change how ranks add up; `change` gets the world and one rank's tensor, in place."""
 
-    def summed(self: World, parts: Any) -> Any:
-        for key, tensor in parts:
-            yield key, change(self, tensor)
+    def exchange(self: World, arrived: Any) -> Any:
+        return Exchange(lambda key, tensor: arrived(key, change(self, tensor)), adding=False)
 
-    return patched(World, "summed", summed)
+    return patched(World, "exchange", exchange)
 
 
 @broken("clipping", "same release")

@@ -27,7 +27,11 @@ def caught(part: Any) -> tuple[str, str]:
 def conversation() -> dict[str, Any]:
     here = World.join()
     rank = here.rank
-    parts = [(number, torch.full((3,), float(number + rank))) for number in range(5)]
+    sums: list[tuple[int, list[float]]] = []
+    exchange = here.exchange(lambda key, total: sums.append((key, total.tolist())))
+    for number in range(5):
+        exchange.send(number, torch.full((3,), float(number + rank)))
+    exchange.finish()
     return {
         "rank": rank,
         "size": here.size,
@@ -35,7 +39,7 @@ def conversation() -> dict[str, Any]:
         "first": here.from_first(["zero", None][rank]),
         "shared": here.shared_secret(bytes([rank]) * 16).hex(),
         "own": here.own_secret(b"x" * 16).hex(),
-        "sums": [(key, total.tolist()) for key, total in here.summed(parts)],
+        "sums": sums,
         "together": here.together(lambda: rank),
         "met": here.meet(3, 4),
     }
@@ -136,7 +140,9 @@ def test_one_process_talks_to_nobody() -> None:
         here.together(refused)
     ones = torch.ones(2)
     assert here.sum_(ones) is ones
-    assert list(here.summed([("a", ones)])) == [("a", ones)]
+    sums: list[tuple[str, torch.Tensor]] = []
+    here.exchange(lambda *sum_: sums.append(sum_)).send("a", ones)
+    assert sums == [("a", ones)]
 
 
 def test_an_error_keeps_its_kind() -> None:
