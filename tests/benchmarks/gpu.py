@@ -390,15 +390,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "failed" in row:
             lines.append(f"{head} {row['failed'].split(':')[0]} | – | – | – |")
             continue
-        speed = row["tokens_per_second"] / statistics.mean(r["tokens_per_second"] for r in base)
-        cells = f" {row['tokens_per_second']:,.0f} | {speed:.3f}× |"
-        if "peak_gib" in row:
-            peak = row["peak_gib"] / statistics.mean(r["peak_gib"] for r in base)
-            cells += f" {row['peak_gib']:.2f} | {peak:.3f}× |"
-        else:
-            cells += " – | – |"
-        lines.append(head + cells)
+        cells = f" {row['tokens_per_second']:,.0f} | {_ratio(row, base, 'tokens_per_second')} |"
+        peak = f"{row['peak_gib']:.2f}" if "peak_gib" in row else "–"
+        lines.append(f"{head}{cells} {peak} | {_ratio(row, base, 'peak_gib')} |")
     return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any], base: list[dict[str, Any]], key: str) -> str:
+    if not base or key not in row:
+        return "–"
+    return f"{row[key] / statistics.mean(other[key] for other in base):.3f}×"
 
 
 def main() -> None:
@@ -424,7 +425,8 @@ def main() -> None:
             gc.collect()
             model = build(case, device)
         set_checkpointing(model, case)
-        for mode in (*options.modes, options.modes[0]):
+        again = [mode for mode in options.modes if mode == "non-private"]
+        for mode in (*options.modes, *again):
             row = measure(name, mode, model, options)
             if device.type == "cuda":
                 row["device"] = torch.cuda.get_device_name()
