@@ -168,7 +168,7 @@ class DifferentialPrivacy(Callback):
             releases_per_draw=releases_per_draw,
             augmentation_multiplicity=augmentation_multiplicity,
             independence_check=independence_check,
-            independent_buffers=tuple(independent_buffers),
+            independent_buffers=independent_buffers,
             test_seed=test_seed,
             journal=journal,
             journal_dir=journal_dir,
