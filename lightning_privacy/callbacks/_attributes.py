@@ -32,7 +32,8 @@ _ABSENT = object()
 class Attributes:
     """The plain attributes of a module that hold tensors or real numbers, as they once were.
 
-    Whole numbers are left out: they count, and are no statistics.
+    Whole numbers are left out: they count, and are no statistics. So are the module's own
+    parameters, which `nn.LSTM` keeps a second time in a list: private steps change them.
 
     Args:
         module: The module to be trained, before the first step.
@@ -41,7 +42,7 @@ class Attributes:
 
     def __init__(self, module: nn.Module, independent: Sequence[str] = ()) -> None:
         self._module, self._independent = module, frozenset(independent)
-        self._before = {name: _copied(value) for name, _, _, value in self._walk()}
+        self._before = {name: self._copied(value) for name, _, _, value in self._walk()}
 
     def changed(self) -> dict[str, bool]:
         """Names of what is not as it was, and whether it holds tensors (or single numbers)."""
@@ -60,7 +61,7 @@ class Attributes:
         """
         places = [(held, key, value) for name, held, key, value in self._walk() if name in names]
         old = [
-            _copied(self._before[name]) if name in self._before else _ABSENT
+            self._copied(self._before[name]) if name in self._before else _ABSENT
             for name, *_ in self._walk()
             if name in names
         ]
@@ -74,6 +75,10 @@ class Attributes:
         finally:
             for held, key, value in places:
                 held[key] = value
+
+    def _copied(self, value: Any) -> Any:
+        own = {id(parameter) for parameter in self._module.parameters()}
+        return _copied(value, own)
 
     def _walk(self) -> list[tuple[str, dict[str, Any], str, Any]]:
         """Name, where it is held, under which key, and its value."""
@@ -146,21 +151,26 @@ def _parts(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple | deque) else [value]
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, own: set[int]) -> Any:
+    """A copy, in which the module's own parameters are themselves."""
+    if id(value) in own:
+        return value
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray):
         return value.copy()
     if type(value) is dict:
-        return {key: _copied(part) for key, part in value.items()}
+        return {key: _copied(part, own) for key, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
+        return type(value)(_copied(part, own) for part in value)
     if type(value) is deque:
-        return deque(map(_copied, value), value.maxlen)
+        return deque((_copied(part, own) for part in value), value.maxlen)
     return value
 
 
 def _equal(first: Any, second: Any) -> bool:
+    if first is second:
+        return True
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return (
             first.shape == second.shape
@@ -172,4 +182,4 @@ def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, _CONTAINERS) and type(first) is type(second):
         ours, theirs = _parts(first), _parts(second)
         return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
-    return first is second or (type(first) is type(second) and bool(first == second))
+    return type(first) is type(second) and bool(first == second)

@@ -7,10 +7,11 @@ import sqlite3
 import warnings
 from typing import TYPE_CHECKING
 
+from lightning_privacy.accounting import PrivacyLedger
 from lightning_privacy.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from lightning_privacy.accounting import GaussianRelease, PrivacyLedger
+    from lightning_privacy.accounting import GaussianRelease
     from lightning_privacy.callbacks._state import RunState
 
 
@@ -28,10 +29,17 @@ class Bookings:
         journal: Whether the run keeps a journal, which a ledger needs.
 
     Raises:
-        ConfigurationError: There is a ledger, and no journal.
+        ConfigurationError: There is a ledger, and no journal; or it is no ledger.
     """
 
     def __init__(self, ledger: PrivacyLedger | None, journal: bool) -> None:
+        if not isinstance(ledger, PrivacyLedger | None):
+            raise ConfigurationError(
+                must="`ledger` is a PrivacyLedger",
+                found=f"`ledger` = {ledger!r}",
+                cost="spent budget that stands nowhere",
+                remedy="pass PrivacyLedger(path, dataset=..., budget=(epsilon, delta))",
+            )
         if ledger is not None and not journal:
             raise ConfigurationError(
                 must="a run with a ledger keeps a journal",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+
 if TYPE_CHECKING:
     from lightning_privacy.callbacks._tally import Tally
 
@@ -28,3 +30,16 @@ def log_step(module: Any, spent: float, count: int, tally: Tally) -> None:
         tally.catch_up()
         for name, value in tally.latest.items():
             module.log(f"privacy/{name}", value, **_EACH_STEP)
+
+
+def log_early_end(count: int) -> None:
+    """Say what an interrupted fit has spent: there is no closing table.
+
+    Args:
+        count: Private steps so far.
+    """
+    if count:
+        rank_zero_info(
+            f"DifferentialPrivacy: the fit ended early. The {count} private steps so far stay "
+            "charged; fit(..., ckpt_path=...) with a checkpoint goes on, and counts them."
+        )

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torchmetrics import Metric
 
-from lightning_privacy.clipping.refusals import needs_company, rows_read_together
+from lightning_privacy.clipping.refusals import (
+    needs_company,
+    no_single_loss,
+    rows_read_together,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -117,6 +121,9 @@ class LossProbe:
 
         Returns:
             The scalar loss; None if the step returns none.
+
+        Raises:
+            ConfigurationError: The step returns several losses.
         """
         module = self._trainer.lightning_module
         batch = self._transferred(self._collated(rows))
@@ -125,6 +132,8 @@ class LossProbe:
         plugin = self._trainer.strategy.precision_plugin
         with _quiet(module), _without_autocast(plugin) if self.full_precision else nullcontext():
             loss = self._run.probe(batch, *arguments)
+        if loss is not None and loss.numel() != 1 and module.automatic_optimization:
+            raise no_single_loss(loss.shape)
         if loss is not None and _has_own_backward(module):
             _go_through(module, loss)
         return loss

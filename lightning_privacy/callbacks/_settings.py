@@ -11,6 +11,7 @@ from lightning_privacy.sampling.users import (
     checked_group_size,
     user_settings_without_users,
 )
+from lightning_privacy.tiers import TierPolicy
 from lightning_privacy.types import (
     ACCOUNTANT_NAMES,
     CLIPPING_KINDS,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from lightning_privacy.sampling.users import UserIds
     from lightning_privacy.study import Study
-    from lightning_privacy.tiers import TierPolicy
 
 _NO_EPSILON = "an ε that cannot be computed, or that says nothing"
 
@@ -76,11 +76,29 @@ class PrivacySettings:
 
     def __post_init__(self) -> None:
         """Check every argument that can be checked without a data set."""
+        self._check_kinds()
         self._check_tiers()
         self._check_budget()
         self._check_sampling()
         self._check_choices()
         self._check_users()
+
+    def _check_kinds(self) -> None:
+        if not isinstance(self.tiers, TierPolicy | None):
+            raise ConfigurationError(
+                must="`tiers` is a TierPolicy",
+                found=f"`tiers` = {self.tiers!r}",
+                cost="budgets that nobody has calibrated",
+                remedy="pass lightning_privacy.tiers.TierPolicy(...), or leave it out",
+            )
+        if isinstance(self.independent_buffers, str):
+            raise ConfigurationError(
+                must="`independent_buffers` is a list of names or patterns",
+                found=f"the string {self.independent_buffers!r}",
+                cost="each of its letters would be taken for a name",
+                remedy=f"pass [{self.independent_buffers!r}]",
+            )
+        object.__setattr__(self, "independent_buffers", tuple(self.independent_buffers))
 
     def _check_budget(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:

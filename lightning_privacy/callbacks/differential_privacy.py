@@ -14,7 +14,7 @@ from lightning_privacy.callbacks._begin import checked_parameters, make_step
 from lightning_privacy.callbacks._bookings import Bookings
 from lightning_privacy.callbacks._canary_rows import with_canaries
 from lightning_privacy.callbacks._home import Home
-from lightning_privacy.callbacks._logging import log_step
+from lightning_privacy.callbacks._logging import log_early_end, log_step
 from lightning_privacy.callbacks._planning import EpsilonSoFar, epsilon_of
 from lightning_privacy.callbacks._population import population_of
 from lightning_privacy.callbacks._seal import Seal
@@ -168,7 +168,7 @@ class DifferentialPrivacy(Callback):
             releases_per_draw=releases_per_draw,
             augmentation_multiplicity=augmentation_multiplicity,
             independence_check=independence_check,
-            independent_buffers=tuple(independent_buffers),
+            independent_buffers=independent_buffers,
             test_seed=test_seed,
             journal=journal,
             journal_dir=journal_dir,
@@ -340,6 +340,7 @@ class DifferentialPrivacy(Callback):
         """Give every parameter its own class back, close the books, and tell the other ranks."""
         world = self._world
         self._close(trainer)
+        log_early_end(self._state.ledger.count)
         world.fail(exception)
 
     @override

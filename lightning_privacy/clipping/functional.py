@@ -16,6 +16,7 @@ from lightning_privacy.clipping.guards import LeakGuard
 from lightning_privacy.clipping.norms import FlatClipping
 from lightning_privacy.clipping.probe import learn_layouts
 from lightning_privacy.clipping.randomness import preserved_state, without_randomness
+from lightning_privacy.clipping.refusals import no_single_loss
 from lightning_privacy.clipping.units import Units, clipped_sum
 from lightning_privacy.errors import ConfigurationError
 
@@ -46,6 +47,7 @@ def per_example_gradients(
     Raises:
         UnsupportedOperationError: an operation on a trainable parameter has no exact rule.
         GuaranteeError: a gradient arrived outside the capture.
+        ConfigurationError: an argument is not what it must be.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -95,7 +97,7 @@ def clipped_gradient_sum(
 
     Raises:
         UnsupportedOperationError: an operation on a trainable parameter has no exact rule.
-        ConfigurationError: ``units`` or ``clip_norm`` is not what it must be.
+        ConfigurationError: an argument is not what it must be.
     """
     rows = _rows_of(batch)
     parameters = _trainable(module)
@@ -126,9 +128,29 @@ def _captured(
     capture = Capture(parameters, rows=rows, layouts=layouts, instantiate=instantiate)
     with capture.opened(), torch.enable_grad(), LeakGuard.watching(parameters):
         loss = loss_fn(module, batch)
+        _require_loss(loss)
         capture.armed = True
         loss.backward()
     return capture
+
+
+def _require_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor):
+        raise ConfigurationError(
+            must="loss_fn(module, batch) returns the loss, a tensor",
+            found=f"{type(loss).__name__}",
+            cost="there is no gradient to compute",
+            remedy="return the loss; .loss where a model returns an object that holds it",
+        )
+    if loss.numel() != 1:
+        raise no_single_loss(loss.shape)
+    if not loss.requires_grad:
+        raise ConfigurationError(
+            must="the loss depends on the module's trainable parameters",
+            found="a loss without a gradient",
+            cost="there is no gradient to compute",
+            remedy="compute it from the module, without detach() or torch.no_grad()",
+        )
 
 
 def _layouts(
@@ -147,6 +169,13 @@ def _copies(tensor: Tensor, rows: int) -> Tensor:
 
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(
+            must="the arguments are the module, the loss function and a batch, in this order",
+            found=f"{type(module).__name__} for a module",
+            cost="there is no parameter to take a gradient of",
+            remedy="call it as per_example_gradients(module, loss_fn, batch)",
+        )
     found = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not found:
         raise ConfigurationError(
@@ -175,18 +204,30 @@ def _units(
 ) -> Units:
     if units is None:
         return Units.rows(torch.ones(rows, device=device), scale)
-    index = torch.as_tensor(units, device=device)
+    index = _index(units, rows, device)
     present = torch.unique(index)
     if index.shape != (rows,) or not torch.equal(
         present, torch.arange(len(present), device=device)
     ):
-        raise ConfigurationError(
-            must=f"units has one entry for each of the {rows} rows, numbered from 0 without gaps",
-            found=f"units of shape {tuple(index.shape)} with values {present.tolist()[:10]}",
-            cost="rows would be charged to the wrong unit",
-            remedy="number the units of this batch 0, 1, 2, …",
-        )
+        found = f"units of shape {tuple(index.shape)} with values {present.tolist()[:10]}"
+        raise _wrong_units(rows, found)
     return Units.segments(index.long(), scale)
+
+
+def _wrong_units(rows: int, found: str) -> ConfigurationError:
+    return ConfigurationError(
+        must=f"units has one entry for each of the {rows} rows, numbered from 0 without gaps",
+        found=found,
+        cost="rows would be charged to the wrong unit",
+        remedy="number the units of this batch 0, 1, 2, …",
+    )
+
+
+def _index(units: Tensor | Sequence[int], rows: int, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(units, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _wrong_units(rows, f"units={units!r:.80}") from error
 
 
 def _scale(loss_reduction: str, rows: int) -> float:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lightning_privacy.errors import GuaranteeError
+from lightning_privacy.errors import ConfigurationError, GuaranteeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,8 @@ def dependence(
         )
         remedy = (
             "average each example's own loss first and then the examples (transformers' `.loss` is "
-            "a mean over all tokens of the batch), or declare loss_reduction"
+            "a mean over all tokens of the batch); or pass what the loss is over the examples, "
+            'loss_reduction="sum" or "mean"'
         )
     else:
         batch_norms = [
@@ -68,6 +69,24 @@ def dependence(
         found=f"{name}: {compared} by {found:.2g} (relative; tolerance {tolerance:.2g}){why}",
         cost=_MIXED,
         remedy=remedy,
+    )
+
+
+def no_single_loss(shape: Sequence[int]) -> ConfigurationError:
+    """The refusal of a loss that is not one number.
+
+    Args:
+        shape: what the loss is shaped like.
+
+    Returns:
+        The error, to be raised.
+    """
+    return ConfigurationError(
+        must="the loss is one number, a mean or a sum over the examples",
+        found=f"a loss of shape {tuple(shape)}",
+        cost="it would not be known what belongs to which example",
+        remedy="average the examples' losses, for instance by .mean(); loss functions do it "
+        'themselves where reduction="none" is left out',
     )
 
 

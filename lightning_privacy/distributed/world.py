@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import secrets
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -269,6 +270,11 @@ class World:
             for rank, part in enumerate(self._gather(padded, patience)):
                 text = bytes(part[: int(heads[rank][3])].tolist())
                 spoken[rank] = json.loads(text) if text else None
+        if any(head[0] == _FAILED for head in heads):
+            # A process that ends breaks its connections, and what nobody has read from them is
+            # lost: nobody leaves before the others have its words.
+            with suppress(UnheardError):
+                self._gather(torch.zeros(1), _GRACE)
         return [head[:3].tolist() for head in heads], spoken
 
     def _gather(self, mine: Tensor, patience: timedelta | None) -> list[Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_privacy.errors import GuaranteeError
 from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
@@ -106,6 +108,56 @@ def test_a_callback_that_keeps_it_on_the_module_is_found(tmp_path: Path) -> None
 
     with pytest.raises(GuaranteeError, match="with scale as before"):
         trainer(tmp_path, privacy(), Writes()).fit(Reads(scale=torch.tensor(1.0)), loader())
+
+
+class Recurrent(Regression):
+    """Torch keeps the parameters of a recurrent layer a second time, in a list."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"cells": kind(1, 4, batch_first=True), "out": nn.Linear(4, 1)})
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        states, _ = self.net["cells"](x.unsqueeze(2))
+        return F.mse_loss(self.net["out"](states[:, -1]), y)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_trains_through_every_repeated_check(tmp_path: Path, kind: Any) -> None:
+    callback = privacy(expected_batch_size=4)
+    module = Recurrent(kind)
+    trainer(tmp_path, callback).fit(module, loader())
+    assert callback.steps == 10
+    cells = module.net["cells"]
+    assert all(map(operator.is_, cells._flat_weights, cells.parameters()))
+
+
+def test_a_list_of_the_modules_own_parameters_is_no_memory_of_batches(tmp_path: Path) -> None:
+    class Lists(KeepsQueue):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + 0.01 * self.all[0].square().sum()
+
+        def factor(self) -> Any:
+            return 1.0
+
+        def keep(self, batch: Any) -> None:
+            pass
+
+    module = Lists()
+    module.all = list(module.parameters())
+    trainer(tmp_path, privacy(expected_batch_size=4), max_steps=6).fit(module, loader())
+
+
+def test_beside_the_modules_own_parameters_a_kept_statistic_is_found(tmp_path: Path) -> None:
+    class Beside(KeepsQueue):
+        def factor(self) -> Any:
+            return 1 + self.queue[-1]
+
+    module = Beside(queue=[torch.tensor(1.0)])
+    module.queue.insert(0, next(module.parameters()))
+    with pytest.raises(GuaranteeError, match="with queue as before the first step"):
+        trainer(tmp_path, privacy(expected_batch_size=4)).fit(module, loader())
 
 
 class KeepsNumber(Keeps):

@@ -90,6 +90,9 @@ def refused(
         ({"epsilon": 1.0, "accountant": "gdp"}, "accountant"),
         ({"epsilon": 1.0, "loss_reduction": "none"}, "loss_reduction"),
         ({"epsilon": 1.0, "unit": "household"}, "unit"),
+        ({"epsilon": 1.0, "unit": "user", "tiers": {"gold": 8.0}}, "`tiers` is a TierPolicy"),
+        ({"epsilon": 1.0, "ledger": "spent.sqlite"}, "`ledger` is a PrivacyLedger"),
+        ({"epsilon": 1.0, "independent_buffers": "net.*"}, "`independent_buffers` is a list"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], must: str) -> None:
@@ -258,6 +261,11 @@ class PersistentMetric(Regression):
         self.error.persistent(mode=True)
 
 
+class OneForEachRow(Regression):
+    def loss(self, batch: Any) -> Tensor:
+        return (self.net(batch[0]) - batch[1]).square()
+
+
 class TokenMean(Regression):
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
@@ -273,6 +281,7 @@ class TokenMean(Regression):
         (Frozen, "none"),
         (PersistentMetric, "error.sum_squared_error"),
         (TokenMean, "net."),
+        (OneForEachRow, "a loss of shape ("),
     ],
 )
 def test_modules(tmp_path: Path, module: type[Regression], found: str) -> None:

@@ -415,3 +415,21 @@ def test_kill_9_between_steps_loses_no_spent_budget(tmp_path: Path) -> None:
     # Two steps had run since the checkpoint, in blocks of a hundredth of the run: of one step.
     assert callback.steps == 6 + 6
     assert callback.epsilon() > 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_fit_says_what_stays_charged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    fit = trainer(tmp_path, privacy(), Failing(3, error))
+    with caplog.at_level("INFO"), pytest.raises((SystemExit, OSError)):
+        fit.fit(Regression(), loader())
+    assert "The 3 private steps so far stay charged" in caplog.text
+
+
+def test_a_fit_that_is_refused_before_its_first_step_has_nothing_to_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), pytest.raises(OSError, match="stop"):
+        trainer(tmp_path, privacy(), Failing(0)).fit(Regression(), loader())
+    assert "charged" not in caplog.text

@@ -197,11 +197,35 @@ def test_batches_whose_rows_cannot_be_counted(batch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "units", [[0, 1], [1, 1, 1, 1, 1], [0, 0, 2, 2, 2], [[0]] * 5, [0, 0, 0, 0, -1]]
+    "units",
+    [[0, 1], [1, 1, 1, 1, 1], [0, 0, 2, 2, 2], [[0]] * 5, [0, 0, 0, 0, -1], ["ann"] * 5, object()],
 )
 def test_units_that_are_not_numbered_from_zero(units: Any) -> None:
     with pytest.raises(ConfigurationError, match="numbered from 0 without gaps"):
         clipped_gradient_sum(network(), squares, numbers(B, 6), 1.0, units)
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (lambda model, x: model(x).square().mean(1), r"a loss of shape \(5,\)"),
+        (lambda model, x: model(x).detach().mean(), "a loss without a gradient"),
+        (lambda model, x: {"loss": model(x).mean()}, "Found: dict"),
+        (lambda model, x: None, "Found: NoneType"),
+    ],
+    ids=["one for each row", "detached", "dictionary", "none"],
+)
+def test_losses_that_are_not_one_number_of_the_module(loss: Any, found: str) -> None:
+    model = network()
+    for call in (per_example_gradients, lambda *a: clipped_gradient_sum(*a, clip_norm=1.0)):
+        with pytest.raises(ConfigurationError, match=found):
+            call(model, loss, numbers(B, 6))
+    assert_untouched(model)
+
+
+def test_arguments_in_another_order() -> None:
+    with pytest.raises(ConfigurationError, match="function for a module"):
+        per_example_gradients(squares, network(), numbers(B, 6))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan"), float("inf")])

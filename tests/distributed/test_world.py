@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -61,6 +62,25 @@ def failures() -> list[tuple[str, str]]:
         # What follows in this world is silent: everybody knows.
         here.fail(OSError("later"))
     return found
+
+
+def failure_is_read_late(seconds: float) -> tuple[str, float]:
+    """How long a failed rank stays, while the other one has not read its words yet."""
+    here = World.join()
+    heads_and_words = iter([0.0, seconds])
+    gather = here._gather
+
+    def slowly(mine: torch.Tensor, patience: Any) -> list[torch.Tensor]:
+        parts = gather(mine, patience)
+        time.sleep(next(heads_and_words, 0.0))
+        return parts
+
+    if here.rank:
+        begin = time.monotonic()
+        here.fail(OSError("full disk"))
+        return "failed", time.monotonic() - begin
+    here._gather = slowly  # type: ignore[method-assign]
+    return caught(lambda: here.meet(0, 0))[1], 0.0
 
 
 def nobody_comes(seconds: float) -> str:
@@ -143,6 +163,12 @@ def test_one_process_talks_to_nobody() -> None:
     sums: list[tuple[str, torch.Tensor]] = []
     here.exchange(lambda *sum_: sums.append(sum_)).send("a", ones)
     assert sums == [("a", ones)]
+
+
+def test_a_failed_rank_stays_until_its_words_are_read(processes: Processes) -> None:
+    (words, _), (_, stayed) = processes.run(failure_is_read_late, 1.0)
+    assert "rank 1: OSError: full disk" in words
+    assert stayed > 0.9
 
 
 def test_an_error_keeps_its_kind() -> None:
