@@ -82,6 +82,7 @@ class RowChecks:
         with attributes_kept(self._module), preserved_state(self._module):
             probe = LossProbe(self._trainer, loader, self._run)
             rows = probe.rows(self._most_rows()) if checks else [0]
+            probe.learn_rows(rows[0])
             self._layouts = learn(self._module, self._parameters, probe, rows[0])
             if checks:
                 self._compare(probe, rows)

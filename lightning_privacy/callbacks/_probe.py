@@ -89,6 +89,15 @@ class LossProbe:
         count = min(size, max(self._loader.batch_size or 1, largest))
         return secrets.SystemRandom().sample(range(size), count)
 
+    def learn_rows(self, row: int) -> None:
+        """Let the loader learn where a batch shows how many rows it has.
+
+        Args:
+            row: A position in the data set.
+        """
+        two, three = (self._collated([row] * count) for count in (2, 3))
+        self._loader.rows.learn(two, three)
+
     def require_rows_apart(self, rows: Sequence[int]) -> None:
         """Refuse a data set that reads several rows at once and mixes them.
 

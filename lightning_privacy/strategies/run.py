@@ -35,6 +35,7 @@ from lightning_privacy.strategies.refusals import (
     warn_never_stepped,
 )
 from lightning_privacy.strategies.replicas import require_same
+from lightning_privacy.strategies.validation import validation_may_follow
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -98,14 +99,12 @@ class PrivateRun:
         self._guard = StateGuard(self.module, independent_buffers)
         self._prepare_loader, self._start, self._drawn = prepare_loader, start, drawn
         self._charge, self._record = charge, record
-        self._draw, self._probing = Draw(), False
+        self._draw, self._probing, self._repeats = Draw(), False, Repeats()
         self._probed: Tensor | None = None
         self._watched, self._released = False, 0
-        self._repeats = Repeats()
         self.recheck: Callable[..., None] | None = None
-        self.labels = LabelWatch()
+        self.labels, self.batches = LabelWatch(), BatchWatch()
         self.records: Callable[[PrivateStep], None] | None = None
-        self.batches = BatchWatch()
 
     step_class: Callable[..., PrivateStep] = PrivateStep
 
@@ -343,9 +342,9 @@ class PrivateRun:
         self._released += 1
 
     def forget_state(self) -> None:
-        """Take the present weights as given: validation may swap averaged ones in and out."""
+        """After a validation, which may swap averaged weights in and out, and leaves the old."""
         if self._watched:
-            self._guard.verify_saved("during validation")
+            self._guard.verify_saved("during validation", parameters=True)
             self._watch_state()
 
     def verify_state(self, moment: str, *, weights: bool) -> None:
@@ -360,7 +359,8 @@ class PrivateRun:
 
     def _watch_state(self, replicas: World | None = None) -> None:
         # Contents too at steps 1, 2, 4, 8, …: only they show a write through `.data`.
-        self._guard.snapshot(values=self._released & (self._released - 1) == 0)
+        due = not self._released & (self._released - 1) or validation_may_follow(self.trainer)
+        self._guard.snapshot(values=due)
         require_same(replicas or self.world, self._guard.values)
         self._watched = True
 

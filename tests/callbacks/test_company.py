@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_privacy.errors import GuaranteeError
 from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
@@ -140,6 +141,37 @@ def test_a_batch_that_a_hook_changes_is_refused(tmp_path: Path) -> None:
     assert callback.steps == 10
 
 
+class Frames(Regression):
+    """Sequences of four frames, laid end to end in every layer."""
+
+    def loss(self, batch: Any) -> Tensor:
+        frames, y = batch
+        each = self.net(frames.flatten(0, 1)).view(len(y), -1)
+        return (each.mean(1) - y).square().mean()
+
+
+def readable(rows: list[Any]) -> Any:
+    """Drops what could not be read, as many collate functions do."""
+    return default_collate([row for row in rows if row[0].isfinite().all()])
+
+
+def test_a_collate_function_that_drops_rows_is_refused(tmp_path: Path) -> None:
+    """Three sequences in the place of four are cut into four: a unit would be in two of them."""
+    frames = torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1))
+    broken = frames.clone()
+    broken[::100] = torch.nan
+    settings = {"sample_rate": 1.0, "expected_batch_size": 400}
+    for data in (frames, broken):
+        rows = TensorDataset(data, data.sum((1, 2)))
+        batches = DataLoader(rows, batch_size=4, collate_fn=readable)
+        fit = trainer(tmp_path, privacy(**settings))
+        if data is frames:
+            fit.fit(Frames(), batches)
+            continue
+        with pytest.raises(GuaranteeError):
+            fit.fit(Frames(), batches)
+
+
 class Keeps(Regression):
     """Keeps raw data, and writes them where a checkpoint would hold them."""
 
@@ -176,6 +208,36 @@ def test_weights_written_before_a_checkpoint_are_refused(tmp_path: Path) -> None
     checkpoints = pl.callbacks.ModelCheckpoint(tmp_path)
     with pytest.raises(GuaranteeError, match="before a checkpoint"):
         trainer(tmp_path, privacy(), checkpoints).fit(ClosedForm(), loader())
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+class Centres(Regression):
+    """Means of the training data, written into a frozen parameter while validation runs."""
+
+    def __init__(self, hook: str, name: str) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.seen, self.name = torch.zeros(3), name
+        setattr(self, hook, self.write)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen = batch[0].mean(0)
+        return super().training_step(batch, batch_idx)
+
+    def write(self) -> None:
+        self.get_parameter(self.name).data[..., :3] = self.seen
+
+
+@pytest.mark.parametrize("name", ["centre", "net.0.weight"])
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_epoch_end"])
+@pytest.mark.parametrize("every", [{}, {"val_check_interval": 3}])
+def test_weights_written_while_validation_runs_are_refused(
+    tmp_path: Path, hook: str, name: str, every: dict[str, Any]
+) -> None:
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path)
+    fit = trainer(tmp_path, privacy(), checkpoints, **every)
+    with pytest.raises(GuaranteeError, match=f"during validation: {name}"):
+        fit.fit(Centres(hook, name), loader(), loader())
     assert not list(tmp_path.glob("*.ckpt"))
 
 
