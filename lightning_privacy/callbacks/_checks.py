@@ -88,6 +88,7 @@ class RowChecks:
                 self._compare(probe, rows)
                 # Rows that are computed one by one can only be mixed by what hooks remember.
                 self._run.recheck = self.remembering if one_by_one else self.again
+        self._layouts.confirm()
         return self._layouts
 
     def _most_rows(self) -> int:
@@ -120,6 +121,7 @@ class RowChecks:
             self._compare_pair(probe, pair, draws, self._repeated % 2)
             if self._repeated % _COMPANY_EVERY == 0:
                 self._compare_company(probe)
+        self._layouts.confirm()
         self.remembering(*arguments)
 
     def remembering(self, *arguments: Any) -> None:

@@ -134,9 +134,17 @@ class LossProbe:
         plugin = self._trainer.strategy.precision_plugin
         with _quiet(module), _without_autocast(plugin) if self.full_precision else nullcontext():
             loss = self._run.probe(batch, *arguments)
+            if loss is not None:
+                self._before_backward(module, loss)
         if loss is not None and _has_own_backward(module):
             _go_through(module, loss)
         return loss
+
+    def _before_backward(self, module: LightningModule, loss: Tensor) -> None:
+        """Call the hooks that may still change what the backward will bring."""
+        for callback in self._trainer.callbacks:
+            callback.on_before_backward(self._trainer, module, loss)
+        module.on_before_backward(loss)
 
     def _collated(self, rows: Sequence[int]) -> Any:
         for row in rows:

@@ -61,19 +61,17 @@ class PrivateRun:
     Args:
         strategy: The private strategy that calls this run.
         prepare_loader: Turns the training loader into one of Poisson draws.
-        start: Called once, with everything set up and before the first training step: runs the
-            checks and returns the private step.
-        charge: Called before a release, with the number of releases made on the same draw before:
-            writes it into ledger and journal and returns the number that keys its noise. Raises if
-            the budget is spent.
+        start: Runs the checks and returns the private step; called once, before the first step.
+        charge: Called before a release, with the number of earlier ones on the same draw: charges
+            it, on disk first, and returns the number that keys its noise, or raises.
         record: Called with the statistics of each draw's first release.
         drawn: Called when a draw is handed out, with the position of the next one.
-        independent_buffers: Names or patterns of buffers declared to be independent of the data.
+        independent_buffers: Names or patterns of buffers declared independent of the data.
         world: The ranks of the fit.
 
     Attributes:
-        recheck: Repeats the check of independence, between two draws; gets what a training step
-            gets besides its batch. None: nothing is checked again.
+        recheck: Repeats the check of independence, where no micro-batch is under way; gets what a
+            training step gets besides its batch. None: nothing is checked again.
         labels: Watches means over labels; the checks tell it whether there are any.
         records: Adds records that have no row to a draw, before its release.
         batches: Watches batches between their transfer and the training step.
@@ -313,11 +311,11 @@ class PrivateRun:
             raise draw_stepped_again()
         if self._watched:
             self._verify_state("between training steps")
-        due = self.recheck is not None and self._repeats.due(self.trainer.current_epoch)
-        if due and self.recheck is not None:
+        if due := self.recheck is not None and self._repeats.due(self.trainer.current_epoch):
             self.recheck(*arguments)
         self.labels.forget()
-        self._draw = Draw(cursor=cursor, manual=not self.module.automatic_optimization)
+        manual = not self.module.automatic_optimization
+        self._draw = Draw(cursor=cursor, manual=manual, arguments=arguments)
         if due or not self._watched:
             self._watch_state()
 
@@ -331,6 +329,8 @@ class PrivateRun:
             self.records(step)
         self._verify_state("during a training step")
         self.labels.verify()
+        if self.recheck is not None and draw.needs_check(step.layouts, self.world):
+            self.recheck(*draw.arguments)
         number = self._charge(draw.releases)
         self.world.meet(draw.cursor, number)
         every = self.trainer.log_every_n_steps

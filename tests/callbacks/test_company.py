@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.errors import GuaranteeError
 from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
 
@@ -113,6 +114,35 @@ def test_the_checks_go_through_the_modules_own_backward(tmp_path: Path) -> None:
     assert callback.steps == 10
 
 
+class Normalises(Regression):
+    """Divides the gradient of an activation by its norm over the batch."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        self.hidden = self.net[0](x).tanh()
+        return F.mse_loss(self.net[2](self.hidden), y)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.hidden.register_hook(lambda gradient: gradient / gradient.norm())
+
+
+class Normaliser(pl.Callback):
+    def on_before_backward(self, trainer: Any, module: Any, loss: Tensor) -> None:
+        Normalises.on_before_backward(module, loss)
+
+
+class Unaware(Normalises):
+    def on_before_backward(self, loss: Tensor) -> None:
+        pass
+
+
+def test_the_checks_go_through_the_hooks_before_a_backward(tmp_path: Path) -> None:
+    for module, callbacks in ((Normalises(), ()), (Unaware(), (Normaliser(),))):
+        with pytest.raises(GuaranteeError, match="that example alone"):
+            trainer(tmp_path, privacy(), *callbacks).fit(module, loader())
+    trainer(tmp_path, privacy()).fit(Unaware(), loader())
+
+
 class MixesInPlace(pl.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         batch[0].add_(batch[0].flip(0))
@@ -170,6 +200,66 @@ def test_a_collate_function_that_drops_rows_is_refused(tmp_path: Path) -> None:
             continue
         with pytest.raises(GuaranteeError):
             fit.fit(Frames(), batches)
+
+
+class Begins(Regression):
+    """Uses a layer from the fourth step on only: between two checks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(3, 3)
+        self.register_buffer("table", torch.randn(8, 3))
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        if self.global_step >= 3:
+            x = self.more(x)
+        return F.mse_loss(self.net(x), y)
+
+    def more(self, x: Tensor) -> Tensor:
+        return self.extra(x).tanh()
+
+
+class BeginsWithAllRows(Begins):
+    """What all rows share goes through the layer, and looks like two rows of four positions."""
+
+    def more(self, x: Tensor) -> Tensor:
+        return (x @ self.extra(self.table).T)[:, :3]
+
+
+class BeginsWithTime(Begins):
+    """Positions first, and laid end to end: no two neighbours are of one row."""
+
+    def more(self, x: Tensor) -> Tensor:
+        return self.extra(torch.cat([x, 2 * x])).tanh().view(2, -1, 3).sum(0)
+
+
+@pytest.mark.parametrize("kind", [BeginsWithAllRows, BeginsWithTime])
+def test_a_layer_that_is_first_used_between_two_checks_is_checked(
+    tmp_path: Path, kind: type[Begins]
+) -> None:
+    """A unit added up to 1.7 times the clip norm until the next check."""
+    callback = privacy(sample_rate=1.0, expected_batch_size=12, dataset_size=12)
+    fit = trainer(tmp_path, callback, max_epochs=4)
+    with pytest.raises(GuaranteeError, match="that example alone"):
+        fit.fit(kind(), loader(12, batch_size=2))
+    assert callback.steps == 3
+
+
+def test_such_a_layer_passes_if_it_keeps_rows_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[int] = []
+    again = RowChecks.again
+
+    def noted(self: RowChecks, *arguments: Any) -> None:
+        checks.append(self._trainer.global_step)
+        again(self, *arguments)
+
+    monkeypatch.setattr(RowChecks, "again", noted)
+    trainer(tmp_path, privacy(), max_steps=8).fit(Begins(), loader())
+    # 1, 2, 4, …, and before the fourth release.
+    assert checks == [1, 2, 3, 4]
 
 
 class Keeps(Regression):
