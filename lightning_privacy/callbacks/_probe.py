@@ -171,7 +171,7 @@ class LossProbe:
 
 
 def _has_own_backward(module: LightningModule) -> bool:
-    defined_in = str(type(module).backward.__module__)
+    defined_in = str(getattr(module.backward, "__module__", None))
     return not defined_in.startswith(("lightning.", "pytorch_lightning."))
 
 

@@ -134,10 +134,18 @@ class Layouts:
             )
         return fitting[0]
 
-    def confirm(self) -> None:
-        """Take the convention as right for all uses so far: a check has compared their rows."""
-        self._confirmed |= self.unseen
-        self.unseen.clear()
+    def waiting(self) -> set[object]:
+        """Take the uses that no check has met; those that one meets now are `unseen` again."""
+        waiting, self.unseen = self.unseen, set()
+        self.places.clear()
+        self.products.clear()
+        return waiting
+
+    def confirm(self) -> set[object]:
+        """Take the convention as right for all uses since: a check has compared their rows."""
+        met, self.unseen = self.unseen, set()
+        self._confirmed |= met
+        return met
 
 
 def default_rows(tensor: Tensor, rows: int, *, may_flatten: bool) -> RowDim | None:

@@ -57,7 +57,8 @@ class Draw:
             # Otherwise what the first loss left for other optimizers would be in the sum as well.
             step.discard()
         # A backward of the module's own may not know how to keep one.
-        return step.arm(twice=not more and type(module).backward is LightningModule.backward)
+        own = getattr(module.backward, "__func__", None)
+        return step.arm(twice=not more and own is LightningModule.backward)
 
     def after_backward(self) -> None:
         """Note that there are sums to be released."""

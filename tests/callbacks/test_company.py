@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -106,9 +107,18 @@ class HalvesInBackward(Regression):
         (0.5 * loss).backward(*arguments, **named)
 
 
-def test_the_checks_go_through_the_modules_own_backward(tmp_path: Path) -> None:
+class GetsABackward(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backward = functools.partial(ScalesInBackward.backward, self)
+
+
+@pytest.mark.parametrize("kind", [ScalesInBackward, GetsABackward])
+def test_the_checks_go_through_the_modules_own_backward(
+    tmp_path: Path, kind: type[Regression]
+) -> None:
     with pytest.raises(GuaranteeError, match="scaled by"):
-        trainer(tmp_path, privacy()).fit(ScalesInBackward(), loader())
+        trainer(tmp_path, privacy()).fit(kind(), loader())
     callback = privacy()
     trainer(tmp_path, callback).fit(HalvesInBackward(), loader())
     assert callback.steps == 10
@@ -232,6 +242,27 @@ class BeginsWithTime(Begins):
 
     def more(self, x: Tensor) -> Tensor:
         return self.extra(torch.cat([x, 2 * x])).tanh().view(2, -1, 3).sum(0)
+
+
+class BeginsForFew(BeginsWithAllRows):
+    """Only with a row of which there is one in a thousand."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        if bool((x[:, 0] > 50).any()):
+            x = self.more(x)
+        return F.mse_loss(self.net(x), y)
+
+
+def test_a_layer_that_few_rows_use_is_checked_with_these(tmp_path: Path) -> None:
+    x = torch.randn(1000, 3)
+    x[600, 0] = 100.0
+    rows = TensorDataset(x, x.sum(1, keepdim=True))
+    callback = privacy(sample_rate=1.0, expected_batch_size=1000, dataset_size=1000)
+    fit = trainer(tmp_path, callback, max_epochs=2)
+    with pytest.raises(GuaranteeError, match="that example alone|in two half batches"):
+        fit.fit(BeginsForFew(), DataLoader(rows, batch_size=8))
+    assert callback.steps == 0
 
 
 @pytest.mark.parametrize("kind", [BeginsWithAllRows, BeginsWithTime])
