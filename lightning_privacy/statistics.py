@@ -1,7 +1,9 @@
 """A mean and a standard deviation that are paid for: constants of a preprocessing.
 
 A statistic of private data is an output like any other. This one is a single release of the
-Gaussian mechanism on the sums of x and 2x² − 1, of values scaled to x in [−1, 1].
+Gaussian mechanism on the sums of x and 2x² − 1, of values scaled to x in [−1, 1]. Two numbers that
+are released by themselves are what attacks on the low bits of noise are made for, so sums and noise
+lie on a grid (`GridNoise`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 
 from lightning_privacy.accounting import GaussianRelease, noise_multiplier_for
 from lightning_privacy.errors import ConfigurationError
-from lightning_privacy.noise import GaussianNoise, fresh_secret
+from lightning_privacy.noise import GaussianNoise, GridNoise, fresh_secret
+from lightning_privacy.noise.grid import ROUNDING_SLACK
 from lightning_privacy.types import real_number
 
 if TYPE_CHECKING:
@@ -51,8 +54,9 @@ def private_mean_and_std(
 ) -> PaidStatistics:
     """Release the mean and the standard deviation of one number per unit.
 
-    Guarantee: (ε, δ)-differential privacy for neighbours that differ in one unit's value, or in its
-    being there at all, where the number of units is public (neighbouring relation zero-out).
+    Guarantee: (ε, δ)-differential privacy for neighbours of which one has a unit that in the other
+    is replaced by an empty record, which adds nothing to the sums; the number of units is public
+    (neighbouring relation zero-out). To put another value in its place is to change it twice.
 
     Args:
         values: ``[N]`` one for each unit, such as an image's mean brightness; those outside the
@@ -84,8 +88,10 @@ def private_mean_and_std(
     scaled = np.nan_to_num((given - middle) / half, nan=0.0).clip(-1, 1)
     sums = torch.tensor([scaled.sum(), (2 * scaled**2 - 1).sum()], dtype=torch.float64)
     noise_multiplier = noise_multiplier_for(epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
-    noise = GaussianNoise(fresh_secret())
-    noise.add_(sums, "mean and std", 0, noise_multiplier * _SENSITIVITY)
+    noise = GridNoise(
+        GaussianNoise(fresh_secret()), noise_multiplier=noise_multiplier, dimension=len(sums)
+    )
+    noise.add_(sums, "mean and std", 0, noise_multiplier * _SENSITIVITY * (1 + ROUNDING_SLACK))
     first, second = (sums / len(given)).tolist()
     variance = max((second + 1) / 2 - first**2, _LEAST_STD**2)
     release = GaussianRelease(noise_multiplier=noise_multiplier, sample_rate=1.0, count=1)

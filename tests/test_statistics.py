@@ -35,6 +35,13 @@ def test_the_noise_has_the_size_of_one_units_contribution():
     assert np.std(found) == pytest.approx(sigma * np.sqrt(2), rel=0.25)
 
 
+def test_what_is_released_lies_on_a_grid():
+    """Whatever the sum was; else the low bits of a single number tell it (Mironov 2012)."""
+    for value in (1.0, 0.3, 1.7000001):
+        means = [private_mean_and_std([value], epsilon=100.0, **BOUNDS).mean for _ in range(20)]
+        assert all(((mean - 1) * 2**20).is_integer() for mean in means)
+
+
 def test_values_out_of_bounds_and_nan_have_no_more_influence():
     values = [np.nan, np.inf, -1e30, 1.0] * 5000
     paid = private_mean_and_std(values, epsilon=1.0, **BOUNDS)

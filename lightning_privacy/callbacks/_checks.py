@@ -82,11 +82,13 @@ class RowChecks:
         with attributes_kept(self._module), preserved_state(self._module):
             probe = LossProbe(self._trainer, loader, self._run)
             rows = probe.rows(self._most_rows()) if checks else [0]
+            probe.learn_rows(rows[0])
             self._layouts = learn(self._module, self._parameters, probe, rows[0])
             if checks:
                 self._compare(probe, rows)
                 # Rows that are computed one by one can only be mixed by what hooks remember.
                 self._run.recheck = self.remembering if one_by_one else self.again
+        self._layouts.confirm()
         return self._layouts
 
     def _most_rows(self) -> int:
@@ -108,6 +110,7 @@ class RowChecks:
         loader = self._run.loader
         assert loader is not None
         self._repeated += 1
+        waiting = self._layouts.waiting()
         # The step before has used them; the memory is needed for those of the pair.
         for parameter in self._parameters.values():
             parameter.grad = None
@@ -119,6 +122,12 @@ class RowChecks:
             self._compare_pair(probe, pair, draws, self._repeated % 2)
             if self._repeated % _COMPANY_EVERY == 0:
                 self._compare_company(probe)
+            waiting -= self._layouts.confirm()
+            # Perhaps rows decide what is used. Where passes communicate, all ranks make as many.
+            for micro in loader.current if waiting and not self._run.world.lockstep else ():
+                self._compare_company(probe, list(dict.fromkeys(micro.indices)))
+                waiting -= self._layouts.confirm()
+        self._layouts.unseen |= waiting
         self.remembering(*arguments)
 
     def remembering(self, *arguments: Any) -> None:
@@ -189,11 +198,11 @@ class RowChecks:
             if draws is Draws.MIDDLE:
                 raise
 
-    def _compare_company(self, probe: LossProbe) -> None:
-        """Compare a batch of the training's size, if that is larger than what `_compare` saw."""
-        rows = probe.company()
+    def _compare_company(self, probe: LossProbe, rows: Sequence[int] = ()) -> None:
+        """Compare some rows; by default as many as a micro-batch has, if `_compare` saw fewer."""
+        least, rows = (2, rows) if rows else (ROWS + 1, probe.company())
         trained = sum(parameter.numel() for parameter in self._parameters.values())
-        if len(rows) <= ROWS or trained >= _LARGE:
+        if len(rows) < least or trained >= _LARGE:
             return
         check = self._check(CompanyCheck, probe)
         self._in_full_precision(probe, lambda: check.run(rows))

@@ -93,6 +93,15 @@ class LossProbe:
         count = min(size, max(self._loader.batch_size or 1, largest))
         return secrets.SystemRandom().sample(range(size), count)
 
+    def learn_rows(self, row: int) -> None:
+        """Let the loader learn where a batch shows how many rows it has.
+
+        Args:
+            row: A position in the data set.
+        """
+        two, three = (self._collated([row] * count) for count in (2, 3))
+        self._loader.rows.learn(two, three)
+
     def require_rows_apart(self, rows: Sequence[int]) -> None:
         """Refuse a data set that reads several rows at once and mixes them.
 
@@ -132,11 +141,19 @@ class LossProbe:
         plugin = self._trainer.strategy.precision_plugin
         with _quiet(module), _without_autocast(plugin) if self.full_precision else nullcontext():
             loss = self._run.probe(batch, *arguments)
-        if loss is not None and loss.numel() != 1 and module.automatic_optimization:
-            raise no_single_loss(loss.shape)
+            if loss is not None:
+                if loss.numel() != 1 and module.automatic_optimization:
+                    raise no_single_loss(loss.shape)
+                self._before_backward(module, loss)
         if loss is not None and _has_own_backward(module):
             _go_through(module, loss)
         return loss
+
+    def _before_backward(self, module: LightningModule, loss: Tensor) -> None:
+        """Call the hooks that may still change what the backward will bring."""
+        for callback in self._trainer.callbacks:
+            callback.on_before_backward(self._trainer, module, loss)
+        module.on_before_backward(loss)
 
     def _collated(self, rows: Sequence[int]) -> Any:
         for row in rows:
@@ -163,7 +180,7 @@ class LossProbe:
 
 
 def _has_own_backward(module: LightningModule) -> bool:
-    defined_in = str(type(module).backward.__module__)
+    defined_in = str(getattr(module.backward, "__module__", None))
     return not defined_in.startswith(("lightning.", "pytorch_lightning."))
 
 

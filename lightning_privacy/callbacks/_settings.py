@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning_privacy.clipping.norms import LEAST_CLIP_NORM
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.sampling.users import (
     check_user_sampling,
@@ -132,8 +133,8 @@ class PrivacySettings:
         real_number(
             "clip_norm",
             self.clip_norm,
-            "(0, inf)",
-            cost="a sensitivity that is not bounded",
+            f"[{LEAST_CLIP_NORM}, inf)",
+            cost="a sensitivity that is not bounded: of shorter gradients the squares are zero",
             remedy="pass the largest norm of one unit's gradient, such as 1.0",
         )
 

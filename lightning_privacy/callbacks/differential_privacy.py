@@ -67,7 +67,7 @@ class DifferentialPrivacy(Callback):
     Args:
         epsilon: The budget ε > 0.
         delta: δ in (0, 1); well below one over the number of units.
-        clip_norm: The largest norm C > 0 of one unit's gradient.
+        clip_norm: The largest norm C >= 1e-9 of one unit's gradient.
         noise_multiplier: Standard deviation of the noise divided by ``clip_norm``, > 0.
         expected_batch_size: The logical batch: how many units one step draws on average. The
             DataLoader's ``batch_size`` is the physical one, which has to fit into memory. By

@@ -41,6 +41,7 @@ def _gram_product(
     unit0, unit1, unit2, unit3, unit_right,
     stride0, stride1, stride2, stride3, stride_right,
     positions, tiles,
+    least_left, least_right,
     LEFTS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of the lower triangle of one unit's two Gram matrices, multiplied and summed."""
@@ -64,8 +65,10 @@ def _gram_product(
         other, right + unit * unit_right, rows, columns, positions, width, stride_right, STEP
     )
     both = own * other
-    diagonal = tl.where(rows[:, None] == columns[None, :], both, 0.0)
-    sizes = tl.sqrt(tl.maximum(tl.sum(diagonal, 1), 0.0))
+    same = rows[:, None] == columns[None, :]
+    left_squares = tl.maximum(tl.sum(tl.where(same, own, 0.0), 1), 0.0) + least_left
+    right_squares = tl.maximum(tl.sum(tl.where(same, other, 0.0), 1), 0.0) + least_right
+    sizes = tl.where(row == column, tl.sqrt(left_squares * right_squares), 0.0)
     place = unit * tiles + tile
     # What lies below the diagonal counts for what lies above, too.
     tl.store(product + place, tl.sum(tl.sum(both, 1), 0) * tl.where(row == column, 1.0, 2.0))
@@ -87,7 +90,12 @@ def _weighted_rows(coefficients, rows, total, units, size, BLOCK: tl.constexpr):
 
 
 def launch_gram(
-    factors: Sequence[Tensor], product: Tensor, largest: Tensor, positions: int, tile: int
+    factors: Sequence[Tensor],
+    product: Tensor,
+    largest: Tensor,
+    positions: int,
+    least: tuple[float, float],
+    tile: int,
 ) -> None:
     """Run `_gram_product` for all units and tiles; the last of ``factors`` is the right one."""
     *lefts, right = factors
@@ -104,6 +112,7 @@ def launch_gram(
             *arguments,
             positions,
             tiles,
+            *least,
             LEFTS=len(lefts),
             TILE=tile,
             STEP=64,

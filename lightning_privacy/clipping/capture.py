@@ -7,6 +7,7 @@ by the general one (`generic`).
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -135,12 +136,14 @@ class Capture:
     def collect(self) -> dict[str, list[Contribution]]:
         """After backward: contributions by parameter name; parameters without any are absent.
 
-        The gradients of copies are in the `buffer`, but for parameters used in another way, too:
-        the norm of a sum is not that of its parts.
+        The gradients of copies are in the `buffer`, but for parameters used in another way, too,
+        or in two types: the norm of a sum is not that of its parts.
         """
+        brought = Counter(name for copies in self._copies.values() for name in copies.brought)
         for copies in self._copies.values():
             for slot in self.slots.values():
-                taken = copies.take(slot.name) if slot.reached or self.buffer else None
+                apart = slot.reached or brought[slot.name] > 1 or self.buffer
+                taken = copies.take(slot.name) if apart else None
                 if taken is not None:
                     slot.contributions.append(Dense(taken))
             self.buffer = self.buffer or copies.joined()

@@ -274,7 +274,9 @@ def _norms(tensor: Tensor) -> Tensor:
 
 
 def _squares(tensor: Tensor) -> Tensor:
-    return _norms(tensor).square().sum(1)
+    """``[U]``, never zero: what seems so may be multiplied by a large number."""
+    squares = _norms(tensor).square().sum(1)
+    return squares + tensor.shape[1:].numel() * torch.finfo(squares.dtype).tiny
 
 
 def _zero_rows(tensor: Tensor, excluded: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_privacy.clipping.buffer import BufferLayout, RowBuffer
 from lightning_privacy.clipping.registry import apply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 
 class RowCopies:
@@ -64,6 +64,11 @@ class RowCopies:
                 self._admit(name)
                 known = self._gradients.get(name)
                 self._gradients[name] = gradient if known is None else known + gradient
+
+    @property
+    def brought(self) -> Iterable[str]:
+        """Names of the parameters whose gradients are here."""
+        return self._gradients.keys()
 
     def take(self, name: str) -> Tensor | None:
         """``[B, *shape]``: the gradient of one parameter, which is then no longer here."""

@@ -134,15 +134,24 @@ class StateGuard:
         if changed:
             raise _state_changed(moment, changed)
 
-    def verify_saved(self, moment: str) -> None:
+    def verify_saved(self, moment: str, *, parameters: bool = False) -> None:
         """Compare what checkpoints hold besides parameters with the first `snapshot`.
 
         By contents: averaged weights may be swapped in and out meanwhile.
+
+        Args:
+            moment: when, in words.
+            parameters: compare these, too, with the last `snapshot`, if that was one of contents.
 
         Raises:
             GuaranteeError: naming every persistent buffer and extra state that changed.
         """
         before, now = self._saved or {}, self._saved_state()
+        if parameters and self._values:
+            own = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
+            found = {n: t for n, t in self._watched(self._walk()).items() if n in own}
+            before = {**before, **{name: self._values.get(name, 0) for name in found}}
+            now = {**now, **_fingerprints(found)}
         changed = [name for name in (*before, *now) if before.get(name) != now.get(name)]
         if changed:
             raise _state_changed(moment, list(dict.fromkeys(changed)))

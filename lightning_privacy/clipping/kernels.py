@@ -37,12 +37,15 @@ def serve(*tensors: Tensor) -> bool:
     )
 
 
-def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor]:
+def gram_product(
+    lefts: Sequence[Tensor], right: Tensor, least: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
     """`products.gram_product` by tiles of the lower triangle, with no Gram matrix in memory.
 
     Args:
         lefts: each ``[U, M, a]``.
         right: ``[U, M, b]``.
+        least: what is added to the squared norm of a position of all lefts, and of the right.
 
     Returns:
         As `products.gram_product`, in float32.
@@ -57,7 +60,7 @@ def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor
     tiles = side * (side + 1) // 2
     product = right.new_empty(units, tiles, dtype=torch.float32)
     largest = torch.empty_like(product)
-    _triton.launch_gram(factors, product, largest, positions, _TILE)
+    _triton.launch_gram(factors, product, largest, positions, least, _TILE)
     # Summed by torch, in a fixed order: atomic additions would differ from run to run.
     return product.sum(1), largest.sum(1)
 

@@ -79,11 +79,14 @@ class Layouts:
         places: where rows were found to lie, by a caller's own key, so as not to search again.
         products: uses of dense layers that are products with copies of the weight, by the
             capture's own key.
+        unseen: uses that nothing was learnt about, since the last `confirm`.
     """
 
     def __init__(self) -> None:
         self.places: dict[object, RowDim | None] = {}
         self.products: set[object] = set()
+        self.unseen: set[object] = set()
+        self._confirmed: set[object] = set()
         self._known: dict[object, list[Signature]] = {}
 
     def __eq__(self, other: object) -> bool:
@@ -115,6 +118,9 @@ class Layouts:
         """
         fitting = [known for known in self._known.get(key, ()) if known.fits(leaves, rows)]
         if not fitting:
+            use = key, tuple(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves)
+            if use not in self._confirmed:
+                self.unseen.add(use)
             return None
         if len(fitting) > 1:
             fitting = _one_meaning(_uncontradicted(fitting, leaves), leaves, rows)
@@ -127,6 +133,19 @@ class Layouts:
                 "constant to it",
             )
         return fitting[0]
+
+    def waiting(self) -> set[object]:
+        """Take the uses that no check has met; those that one meets now are `unseen` again."""
+        waiting, self.unseen = self.unseen, set()
+        self.places.clear()
+        self.products.clear()
+        return waiting
+
+    def confirm(self) -> set[object]:
+        """Take the convention as right for all uses since: a check has compared their rows."""
+        met, self.unseen = self.unseen, set()
+        self._confirmed |= met
+        return met
 
 
 def default_rows(tensor: Tensor, rows: int, *, may_flatten: bool) -> RowDim | None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LEAST_CLIP_NORM = 1e-9
+"""Shorter gradients cannot be told from none: a square in float32 is zero below 1e-45."""
+
+
 class ClippingRule(Protocol):
     """How much each unit's gradient is scaled.
 
@@ -173,16 +177,19 @@ def clipping_rule(kind: str, clip_norm: float, names: Iterable[str]) -> Clipping
 
 
 def _require_clip_norm(clip_norm: float) -> None:
-    if not (isinstance(clip_norm, int | float) and math.isfinite(clip_norm) and clip_norm > 0):
+    number = isinstance(clip_norm, int | float) and math.isfinite(clip_norm)
+    if not (number and clip_norm >= LEAST_CLIP_NORM):
         raise ConfigurationError(
-            must="clip_norm is a positive, finite number",
+            must=f"clip_norm is a positive, finite number, at least {LEAST_CLIP_NORM}",
             found=f"clip_norm={clip_norm!r}",
-            cost="a unit's contribution would not be bounded, or would always be zero",
+            cost="a unit's contribution would not be bounded: of shorter gradients the squares "
+            "are zero",
             remedy="set clip_norm near the median norm of a unit's gradient, often 0.1 to 1",
         )
 
 
 __all__ = [
+    "LEAST_CLIP_NORM",
     "AutomaticClipping",
     "ClippingRule",
     "FlatClipping",

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 # Below twice this many positions a blocked, symmetric Gram costs more in launches than it saves.
 _BLOCK = 64
 
+# A square below the smallest number is none: one factor may be 1e-22 and look like zero, while the
+# other is 1e19. So each element of a factor counts as this much in what rounding is relative to,
+# which its margin (of 2.5e-7 and 1e-15 at the least) turns into a smallest number again.
+_HIDDEN = {torch.float32: 2.0**-104, torch.float64: 2.0**-972}
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -46,6 +51,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def hidden(dtype: torch.dtype) -> float:
+    """What the square of an element may be besides what it seems, for a margin's sake."""
+    return _HIDDEN[accumulation_dtype(dtype)]
+
+
 def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norms of ``left^T right`` per unit, for the lefts side by side.
 
@@ -58,10 +68,12 @@ def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor
 
     Returns:
         The squared norms ``[U]``, and ``[U]`` sums over positions of ``|left_m| |right_m|``, whose
-        square is what rounding in the first is relative to.
+        square is what rounding in the first is relative to (each element with `hidden`).
     """
+    widths = sum(left.shape[2] for left in lefts), right.shape[2]
+    least = (hidden(right.dtype) * widths[0], hidden(right.dtype) * widths[1])
     if kernels.serve(*lefts, right):
-        return kernels.gram_product(lefts, right)
+        return kernels.gram_product(lefts, right, least)
     positions = right.shape[1]
     block = _BLOCK if positions >= 2 * _BLOCK and not right.is_cuda else positions
     product = right.new_zeros(right.shape[0], dtype=accumulation_dtype(right.dtype))
@@ -71,7 +83,7 @@ def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor
         rows, until = slice(start, start + block), slice(0, start + block)
         own = _gram(lefts, rows, until), _gram([right], rows, until)
         squares = [part[:, :, start:].diagonal(dim1=1, dim2=2).clamp_min(0) for part in own]
-        largest += (squares[0] * squares[1]).sqrt().sum(1)
+        largest += ((squares[0] + least[0]) * (squares[1] + least[1])).sqrt().sum(1)
         if start:
             own[0][:, :, start:].mul_(0.5)
         product += (2 if start else 1) * _dot(*own)

@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from lightning_privacy.errors import ConfigurationError, GuaranteeError, UnsupportedOperationError
+from lightning_privacy.sampling.batch_rows import BatchRows
 from lightning_privacy.types import whole_number
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class PrivateLoader:
         steps_per_epoch: Number of draws in one pass, >= 1; this is the loader's length.
         cursor: Returns the number of the next draw that was never handed out.
         whole_draws: Put each draw into a single batch, whatever its size.
+
+    Attributes:
+        rows: Knows, once it has learnt it, where a batch shows how many rows it has.
 
     Raises:
         ConfigurationError: ``steps_per_epoch`` is not >= 1, or the sampler is of another size.
@@ -82,6 +86,7 @@ class PrivateLoader:
         batch_size = base.batch_sampler.batch_size  # type: ignore[union-attr]
         self._batches = _BatchIndices(sampler, None if whole_draws else batch_size)
         self._generator = torch.Generator()
+        self.rows = BatchRows()
         self._loader = rebuilt(
             base, base.dataset, {"batch_sampler": self._batches, "generator": self._generator}
         )
@@ -121,7 +126,8 @@ class PrivateLoader:
             What the data set's collate function makes of the rows.
 
         Raises:
-            GuaranteeError: Every micro-batch of the draw was handed out already.
+            GuaranteeError: Every micro-batch of the draw was handed out already, or the collate
+                function dropped or repeated rows of this one.
         """
         return self._running().next_micro()
 
@@ -219,7 +225,9 @@ class _Epoch:
                 remedy="ask len(loader.current) - 1 times after the first",
             )
         self._pulled += 1
-        return next(self._rows)
+        batch = next(self._rows)
+        self._owner.rows.require(batch, len(self.micro[self._pulled - 1].indices))
+        return batch
 
 
 class _BatchIndices:

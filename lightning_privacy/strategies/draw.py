@@ -11,17 +11,27 @@ from torch import Tensor
 from lightning_privacy.strategies.refusals import second_backward
 
 if TYPE_CHECKING:
+    from lightning_privacy.clipping.layout import Layouts
+    from lightning_privacy.distributed import World
     from lightning_privacy.sampling import MicroBatch, PrivateLoader, UnitRows
     from lightning_privacy.step import PrivateStep
 
 
 class Draw:
-    """Where one draw stands between backward passes and releases."""
+    """Where one draw stands between backward passes and releases.
 
-    __slots__ = ("cursor", "manual", "releases", "units", "unreleased", "weights")
+    Args:
+        cursor: Its number.
+        manual: Whether the module steps by itself.
+        arguments: What its training step gets besides the batch.
+    """
 
-    def __init__(self, *, cursor: int = -1, manual: bool = False) -> None:
-        self.cursor, self.manual = cursor, manual
+    __slots__ = ("arguments", "cursor", "manual", "releases", "units", "unreleased", "weights")
+
+    def __init__(
+        self, *, cursor: int = -1, manual: bool = False, arguments: tuple[Any, ...] = ()
+    ) -> None:
+        self.cursor, self.manual, self.arguments = cursor, manual, arguments
         self.releases = 0
         self.unreleased = False
         self.weights: Sequence[float] = ()
@@ -47,11 +57,28 @@ class Draw:
             # Otherwise what the first loss left for other optimizers would be in the sum as well.
             step.discard()
         # A backward of the module's own may not know how to keep one.
-        return step.arm(twice=not more and type(module).backward is LightningModule.backward)
+        own = getattr(module.backward, "__func__", None)
+        return step.arm(twice=not more and own is LightningModule.backward)
 
     def after_backward(self) -> None:
         """Note that there are sums to be released."""
         self.unreleased = self.manual
+
+    def needs_check(self, layouts: Layouts, world: World) -> bool:
+        """Whether the draw is to be checked before its release, and not only from time to time.
+
+        A layer that is used for the first time, or in another way, may hold the rows elsewhere than
+        by convention.
+
+        Args:
+            layouts: Of the private step: what was learnt of each use.
+            world: The ranks, which check together where passes of the module communicate.
+
+        Returns:
+            Whether a use was not seen before. In manual optimization nothing can be repeated now.
+        """
+        unseen = bool(layouts.unseen) and not self.manual
+        return any(world.gathered(unseen)) if world.lockstep else unseen
 
     def after_release(self) -> None:
         """Note that a gradient was released."""

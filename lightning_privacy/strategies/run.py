@@ -35,6 +35,7 @@ from lightning_privacy.strategies.refusals import (
     warn_never_stepped,
 )
 from lightning_privacy.strategies.replicas import require_same
+from lightning_privacy.strategies.validation import validation_may_follow
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -60,19 +61,17 @@ class PrivateRun:
     Args:
         strategy: The private strategy that calls this run.
         prepare_loader: Turns the training loader into one of Poisson draws.
-        start: Called once, with everything set up and before the first training step: runs the
-            checks and returns the private step.
-        charge: Called before a release, with the number of releases made on the same draw before:
-            writes it into ledger and journal and returns the number that keys its noise. Raises if
-            the budget is spent.
+        start: Runs the checks and returns the private step; called once, before the first step.
+        charge: Called before a release, with the number of earlier ones on the same draw: charges
+            it, on disk first, and returns the number that keys its noise, or raises.
         record: Called with the statistics of each draw's first release.
         drawn: Called when a draw is handed out, with the position of the next one.
-        independent_buffers: Names or patterns of buffers declared to be independent of the data.
+        independent_buffers: Names or patterns of buffers declared independent of the data.
         world: The ranks of the fit.
 
     Attributes:
-        recheck: Repeats the check of independence, between two draws; gets what a training step
-            gets besides its batch. None: nothing is checked again.
+        recheck: Repeats the check of independence, where no micro-batch is under way; gets what a
+            training step gets besides its batch. None: nothing is checked again.
         labels: Watches means over labels; the checks tell it whether there are any.
         records: Adds records that have no row to a draw, before its release.
         batches: Watches batches between their transfer and the training step.
@@ -98,14 +97,12 @@ class PrivateRun:
         self._guard = StateGuard(self.module, independent_buffers)
         self._prepare_loader, self._start, self._drawn = prepare_loader, start, drawn
         self._charge, self._record = charge, record
-        self._draw, self._probing = Draw(), False
+        self._draw, self._probing, self._repeats = Draw(), False, Repeats()
         self._probed: Tensor | None = None
         self._watched, self._released = False, 0
-        self._repeats = Repeats()
         self.recheck: Callable[..., None] | None = None
-        self.labels = LabelWatch()
+        self.labels, self.batches = LabelWatch(), BatchWatch()
         self.records: Callable[[PrivateStep], None] | None = None
-        self.batches = BatchWatch()
 
     step_class: Callable[..., PrivateStep] = PrivateStep
 
@@ -314,11 +311,11 @@ class PrivateRun:
             raise draw_stepped_again()
         if self._watched:
             self._verify_state("between training steps")
-        due = self.recheck is not None and self._repeats.due(self.trainer.current_epoch)
-        if due and self.recheck is not None:
+        if due := self.recheck is not None and self._repeats.due(self.trainer.current_epoch):
             self.recheck(*arguments)
         self.labels.forget()
-        self._draw = Draw(cursor=cursor, manual=not self.module.automatic_optimization)
+        manual = not self.module.automatic_optimization
+        self._draw = Draw(cursor=cursor, manual=manual, arguments=arguments)
         if due or not self._watched:
             self._watch_state()
 
@@ -332,6 +329,8 @@ class PrivateRun:
             self.records(step)
         self._verify_state("during a training step")
         self.labels.verify()
+        if self.recheck is not None and draw.needs_check(step.layouts, self.world):
+            self.recheck(*draw.arguments)
         number = self._charge(draw.releases)
         self.world.meet(draw.cursor, number)
         every = self.trainer.log_every_n_steps
@@ -343,9 +342,9 @@ class PrivateRun:
         self._released += 1
 
     def forget_state(self) -> None:
-        """Take the present weights as given: validation may swap averaged ones in and out."""
+        """After a validation, which may swap averaged weights in and out, and leaves the old."""
         if self._watched:
-            self._guard.verify_saved("during validation")
+            self._guard.verify_saved("during validation", parameters=True)
             self._watch_state()
 
     def verify_state(self, moment: str, *, weights: bool) -> None:
@@ -360,7 +359,8 @@ class PrivateRun:
 
     def _watch_state(self, replicas: World | None = None) -> None:
         # Contents too at steps 1, 2, 4, 8, …: only they show a write through `.data`.
-        self._guard.snapshot(values=self._released & (self._released - 1) == 0)
+        due = not self._released & (self._released - 1) or validation_may_follow(self.trainer)
+        self._guard.snapshot(values=due)
         require_same(replicas or self.world, self._guard.values)
         self._watched = True
 

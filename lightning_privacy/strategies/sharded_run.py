@@ -28,6 +28,11 @@ class ShardedRun(PrivateRun):
         rest(self.module)
         super()._require_unchanged()
 
+    def forget_state(self) -> None:
+        """After a validation, which has gathered parts of the module."""
+        rest(self.module)
+        super().forget_state()
+
     def _verify_state(self, moment: str) -> None:
         rest(self.module)
         super()._verify_state(moment)

@@ -183,7 +183,16 @@ def gathered_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _require_plain_shards(name: str, parameter: nn.Parameter) -> None:
     if not isinstance(parameter, DTensor):
-        return
+        if dist.get_world_size() == 1:
+            return
+        raise UnsupportedOperationError(
+            must="every trainable parameter is sharded, so that one rank alone draws its noise",
+            found=f"{name}, which is whole on every rank",
+            cost="each rank would release the same sum with noise of its own: as many releases "
+            "as ranks, of which one is accounted, and replicas that drift apart",
+            remedy="freeze it; shard the module that owns it, too; or leave all of it to "
+            'strategy="private_fsdp", which shards whatever is of a real type',
+        )
     mesh = parameter.device_mesh
     if mesh.ndim != 1 or mesh.size() != dist.get_world_size():
         raise UnsupportedOperationError(

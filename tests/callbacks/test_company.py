@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.errors import GuaranteeError
 from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
 
@@ -104,12 +107,50 @@ class HalvesInBackward(Regression):
         (0.5 * loss).backward(*arguments, **named)
 
 
-def test_the_checks_go_through_the_modules_own_backward(tmp_path: Path) -> None:
+class GetsABackward(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backward = functools.partial(ScalesInBackward.backward, self)
+
+
+@pytest.mark.parametrize("kind", [ScalesInBackward, GetsABackward])
+def test_the_checks_go_through_the_modules_own_backward(
+    tmp_path: Path, kind: type[Regression]
+) -> None:
     with pytest.raises(GuaranteeError, match="scaled by"):
-        trainer(tmp_path, privacy()).fit(ScalesInBackward(), loader())
+        trainer(tmp_path, privacy()).fit(kind(), loader())
     callback = privacy()
     trainer(tmp_path, callback).fit(HalvesInBackward(), loader())
     assert callback.steps == 10
+
+
+class Normalises(Regression):
+    """Divides the gradient of an activation by its norm over the batch."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        self.hidden = self.net[0](x).tanh()
+        return F.mse_loss(self.net[2](self.hidden), y)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.hidden.register_hook(lambda gradient: gradient / gradient.norm())
+
+
+class Normaliser(pl.Callback):
+    def on_before_backward(self, trainer: Any, module: Any, loss: Tensor) -> None:
+        Normalises.on_before_backward(module, loss)
+
+
+class Unaware(Normalises):
+    def on_before_backward(self, loss: Tensor) -> None:
+        pass
+
+
+def test_the_checks_go_through_the_hooks_before_a_backward(tmp_path: Path) -> None:
+    for module, callbacks in ((Normalises(), ()), (Unaware(), (Normaliser(),))):
+        with pytest.raises(GuaranteeError, match="that example alone"):
+            trainer(tmp_path, privacy(), *callbacks).fit(module, loader())
+    trainer(tmp_path, privacy()).fit(Unaware(), loader())
 
 
 class MixesInPlace(pl.Callback):
@@ -138,6 +179,118 @@ def test_a_batch_that_a_hook_changes_is_refused(tmp_path: Path) -> None:
     callback = privacy()
     trainer(tmp_path, callback).fit(Prepares(), loader(), loader())
     assert callback.steps == 10
+
+
+class Frames(Regression):
+    """Sequences of four frames, laid end to end in every layer."""
+
+    def loss(self, batch: Any) -> Tensor:
+        frames, y = batch
+        each = self.net(frames.flatten(0, 1)).view(len(y), -1)
+        return (each.mean(1) - y).square().mean()
+
+
+def readable(rows: list[Any]) -> Any:
+    """Drops what could not be read, as many collate functions do."""
+    return default_collate([row for row in rows if row[0].isfinite().all()])
+
+
+def test_a_collate_function_that_drops_rows_is_refused(tmp_path: Path) -> None:
+    """Three sequences in the place of four are cut into four: a unit would be in two of them."""
+    frames = torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1))
+    broken = frames.clone()
+    broken[::100] = torch.nan
+    settings = {"sample_rate": 1.0, "expected_batch_size": 400}
+    for data in (frames, broken):
+        rows = TensorDataset(data, data.sum((1, 2)))
+        batches = DataLoader(rows, batch_size=4, collate_fn=readable)
+        fit = trainer(tmp_path, privacy(**settings))
+        if data is frames:
+            fit.fit(Frames(), batches)
+            continue
+        with pytest.raises(GuaranteeError):
+            fit.fit(Frames(), batches)
+
+
+class Begins(Regression):
+    """Uses a layer from the fourth step on only: between two checks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(3, 3)
+        self.register_buffer("table", torch.randn(8, 3))
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        if self.global_step >= 3:
+            x = self.more(x)
+        return F.mse_loss(self.net(x), y)
+
+    def more(self, x: Tensor) -> Tensor:
+        return self.extra(x).tanh()
+
+
+class BeginsWithAllRows(Begins):
+    """What all rows share goes through the layer, and looks like two rows of four positions."""
+
+    def more(self, x: Tensor) -> Tensor:
+        return (x @ self.extra(self.table).T)[:, :3]
+
+
+class BeginsWithTime(Begins):
+    """Positions first, and laid end to end: no two neighbours are of one row."""
+
+    def more(self, x: Tensor) -> Tensor:
+        return self.extra(torch.cat([x, 2 * x])).tanh().view(2, -1, 3).sum(0)
+
+
+class BeginsForFew(BeginsWithAllRows):
+    """Only with a row of which there is one in a thousand."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        if bool((x[:, 0] > 50).any()):
+            x = self.more(x)
+        return F.mse_loss(self.net(x), y)
+
+
+def test_a_layer_that_few_rows_use_is_checked_with_these(tmp_path: Path) -> None:
+    x = torch.randn(1000, 3)
+    x[600, 0] = 100.0
+    rows = TensorDataset(x, x.sum(1, keepdim=True))
+    callback = privacy(sample_rate=1.0, expected_batch_size=1000, dataset_size=1000)
+    fit = trainer(tmp_path, callback, max_epochs=2)
+    with pytest.raises(GuaranteeError, match="that example alone|in two half batches"):
+        fit.fit(BeginsForFew(), DataLoader(rows, batch_size=8))
+    assert callback.steps == 0
+
+
+@pytest.mark.parametrize("kind", [BeginsWithAllRows, BeginsWithTime])
+def test_a_layer_that_is_first_used_between_two_checks_is_checked(
+    tmp_path: Path, kind: type[Begins]
+) -> None:
+    """A unit added up to 1.7 times the clip norm until the next check."""
+    callback = privacy(sample_rate=1.0, expected_batch_size=12, dataset_size=12)
+    fit = trainer(tmp_path, callback, max_epochs=4)
+    with pytest.raises(GuaranteeError, match="that example alone"):
+        fit.fit(kind(), loader(12, batch_size=2))
+    assert callback.steps == 3
+
+
+def test_such_a_layer_passes_if_it_keeps_rows_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[int] = []
+    again = RowChecks.again
+
+    def noted(self: RowChecks, *arguments: Any) -> None:
+        checks.append(self._trainer.global_step)
+        again(self, *arguments)
+
+    monkeypatch.setattr(RowChecks, "again", noted)
+    trainer(tmp_path, privacy(), max_steps=8).fit(Begins(), loader())
+    # 1, 2, 4, …, and before the fourth release.
+    assert checks == [1, 2, 3, 4]
 
 
 class Keeps(Regression):
@@ -176,6 +329,36 @@ def test_weights_written_before_a_checkpoint_are_refused(tmp_path: Path) -> None
     checkpoints = pl.callbacks.ModelCheckpoint(tmp_path)
     with pytest.raises(GuaranteeError, match="before a checkpoint"):
         trainer(tmp_path, privacy(), checkpoints).fit(ClosedForm(), loader())
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+class Centres(Regression):
+    """Means of the training data, written into a frozen parameter while validation runs."""
+
+    def __init__(self, hook: str, name: str) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.seen, self.name = torch.zeros(3), name
+        setattr(self, hook, self.write)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen = batch[0].mean(0)
+        return super().training_step(batch, batch_idx)
+
+    def write(self) -> None:
+        self.get_parameter(self.name).data[..., :3] = self.seen
+
+
+@pytest.mark.parametrize("name", ["centre", "net.0.weight"])
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_epoch_end"])
+@pytest.mark.parametrize("every", [{}, {"val_check_interval": 3}])
+def test_weights_written_while_validation_runs_are_refused(
+    tmp_path: Path, hook: str, name: str, every: dict[str, Any]
+) -> None:
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path)
+    fit = trainer(tmp_path, privacy(), checkpoints, **every)
+    with pytest.raises(GuaranteeError, match=f"during validation: {name}"):
+        fit.fit(Centres(hook, name), loader(), loader())
     assert not list(tmp_path.glob("*.ckpt"))
 
 

@@ -79,6 +79,7 @@ def refused(
         ({"epsilon": 1.0, "delta": 0.0}, "delta"),
         ({"epsilon": 1.0, "delta": 1.0}, "delta"),
         ({"epsilon": 1.0, "clip_norm": 0.0}, "clip_norm"),
+        ({"epsilon": 1.0, "clip_norm": 1e-30}, "clip_norm"),
         ({"epsilon": 1.0, "clip_norm": float("inf")}, "clip_norm"),
         ({"epsilon": 1.0, "sample_rate": 1.5}, "sample_rate"),
         ({"epsilon": 1.0, "expected_batch_size": 0}, "expected_batch_size"),

@@ -39,6 +39,9 @@ class Net(nn.Module):
         hidden = self.first(x).tanh()
         if self.mode == "twice":
             hidden = self.first(hidden).tanh()
+        if self.mode == "in two types":
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = hidden + self.first(x).tanh()
         if self.mode == "as a factor":
             hidden = hidden * self.first.weight[0]
         return hidden if self.mode == "not at all" else self.second(hidden)
@@ -109,6 +112,17 @@ def test_the_sum_is_that_of_the_loop(mode: str, dtype: torch.dtype) -> None:
     whole = {n: found.gradients.get(n, torch.zeros_like(p)) for n, p in model.named_parameters()}
     errors = relative_error(whole, expected)
     assert max(errors.values()) < (1e-5 if dtype == torch.float32 else 1e-12), errors
+
+
+def test_what_is_computed_in_two_types_is_clipped_as_one() -> None:
+    """The norm of a sum is not that of its parts: it was clipped to 1.41 times the clip norm."""
+    model, x = Net(), numbers(B, 6, 4)
+    model.mode = "in two types"
+    expected = clipped_by_hand(loop_gradients(model, squares, x), CLIP)
+    found = clipped(model, x)
+    assert max(relative_error(found.gradients, expected).values()) < 0.02
+    alone = clipped(model, x[:1]).gradients.values()
+    assert float(sum(part.double().square().sum() for part in alone)) ** 0.5 <= CLIP * 1.001
 
 
 def test_a_row_that_is_not_finite_contributes_zero() -> None:

@@ -179,6 +179,21 @@ def test_cancellation_never_hides_a_gradient_from_the_clip(
         assert float(contribution.double().norm()) <= 1 + excess
 
 
+@pytest.mark.parametrize("positions", [1, 64, 200])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_has_no_square_does_not_hide_from_the_clip(
+    positions: int, turned: bool, dtype: torch.dtype
+) -> None:
+    """1e-23 times 1e18 is 1e-5, many times; but the square of 1e-23 is zero in float32."""
+    power = 7 if dtype == torch.float64 else 1
+    left = torch.full((1, positions, 128), 1e-23, dtype=torch.float64).pow(power).to(dtype)
+    right = torch.full((1, positions, 96), 1e18, dtype=torch.float64).pow(power).to(dtype)
+    pair = Outer(right, left) if turned else Outer(left, right)
+    true = pair.left.double().mT @ pair.right.double()
+    assert float(pair.squared_norm().double().sqrt()) >= float(true.norm()) > 0
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_reduced_precision_of_matrix_products_is_switched_off_and_back_on(precision: str) -> None:
     before = torch.get_float32_matmul_precision()

@@ -63,7 +63,7 @@ def test_automatic_clipping_normalises_small_gradients_too() -> None:
     )
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.inf, math.nan, "1", None, 1j])
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, 1e-30, math.inf, math.nan, "1", None, 1j])
 @pytest.mark.parametrize("kind", KINDS)
 def test_clip_norms_that_bound_nothing(kind: str, clip_norm: object) -> None:
     with pytest.raises(ConfigurationError, match="clip_norm is a positive, finite number"):

@@ -242,13 +242,23 @@ class ByItself(Blocks):
         fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
+class Partly(Blocks):
+    """A module that shards its blocks and leaves its head whole."""
+
+    def configure_model(self) -> None:
+        for block in self.net.blocks:
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+
 class Gathering(Blocks):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         mean = self.all_gather(self.net(batch[0]).mean()).mean()
         return super().training_step(batch, batch_idx) + mean
 
 
-REFUSED = {"own": Own, "two": TwoDimensions, "gathering": Gathering, "blocks": Blocks}
+REFUSED = {
+    "own": Own, "two": TwoDimensions, "partly": Partly, "gathering": Gathering, "blocks": Blocks,
+}  # fmt: skip
 
 
 def refusal(directory: str, name: str, settings: dict) -> str:

@@ -257,6 +257,7 @@ def test_a_module_may_shard_itself(processes, tmp_path, strategy) -> None:
     [
         ("own", {}, "shift of the LightningModule itself"),
         ("two", {}, "on a mesh of shape (2, 1)"),
+        ("partly", {}, "net.head.weight, which is whole on every rank"),
         ("gathering", {}, "c10d.allgather"),
         (
             "blocks",

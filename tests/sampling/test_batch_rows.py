@@ -1,0 +1,57 @@
+"""A batch with more or fewer rows than were drawn is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_privacy.errors import GuaranteeError
+from lightning_privacy.sampling.batch_rows import BatchRows
+
+
+def batch(rows: int, frames: int = 4) -> dict[str, Any]:
+    """Sequences of frames laid end to end, labels, and names."""
+    return {
+        "frames": torch.zeros(rows * frames, 3),
+        "labels": torch.zeros(rows),
+        "names": ["a"] * rows,
+    }
+
+
+def learnt() -> BatchRows:
+    found = BatchRows()
+    found.learn(batch(2), batch(3))
+    return found
+
+
+@pytest.mark.parametrize(("rows", "frames"), [(1, 4), (5, 4), (5, 7)])
+def test_as_many_rows_as_were_drawn_pass(rows: int, frames: int) -> None:
+    learnt().require(batch(rows, frames), rows)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 8])
+def test_others_are_refused(rows: int) -> None:
+    with pytest.raises(GuaranteeError, match=f"{rows} rows made of 4"):
+        learnt().require(batch(rows), 4)
+
+
+def test_one_place_with_the_number_of_rows_is_enough() -> None:
+    """Boxes of all images side by side: the row that was learnt from has one."""
+
+    def boxes(rows: int, count: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(rows, 3, 8, 8), torch.zeros(count, 4)
+
+    found = BatchRows()
+    found.learn(boxes(2, 2), boxes(3, 3))
+    found.require(boxes(4, 9), 4)
+    with pytest.raises(GuaranteeError):
+        found.require(boxes(3, 9), 4)
+
+
+@pytest.mark.parametrize("other", ["text", (torch.zeros(3),), {"labels": torch.zeros(())}])
+def test_nothing_is_known_of_another_structure(other: Any) -> None:
+    learnt().require(other, 4)
+    BatchRows().require(other, 4)
