@@ -170,7 +170,9 @@ class TextModule(LightningModule):
 
     def _mean_loss(self, name: str, batch: Mapping[str, Tensor]) -> Tensor:
         loss = self.losses(batch).mean()
-        self.log(name, loss, prog_bar=name == "val_loss")
+        # Of several devices each sees a part of the validation set.
+        everywhere = name != "train_loss"
+        self.log(name, loss, prog_bar=name == "val_loss", sync_dist=everywhere)
         return loss
 
     def _planned_steps(self) -> int:

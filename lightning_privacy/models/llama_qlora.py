@@ -229,7 +229,7 @@ class LlamaQLoRA(TrainedOnly, TextModule):
         losses, right = self._class_losses(scores, batch["labels"]), scores.argmax(dim=1)
         accuracy = (right == batch["labels"]).float().mean()
         values = {f"{name}_loss": losses.mean(), f"{name}_accuracy": accuracy}
-        self.log_dict(values, prog_bar=True, batch_size=len(scores))
+        self.log_dict(values, prog_bar=True, batch_size=len(scores), sync_dist=True)
 
     @property
     def _base(self) -> Any:

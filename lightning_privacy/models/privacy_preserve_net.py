@@ -236,7 +236,7 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
         losses = _class_losses(scores, batch["labels"])
         accuracy = (scores.argmax(dim=1) == batch["labels"]).float().mean()
         values = {f"{name}_loss": losses.mean(), f"{name}_accuracy": accuracy}
-        self.log_dict(values, prog_bar=True, batch_size=len(scores))
+        self.log_dict(values, prog_bar=True, batch_size=len(scores), sync_dist=True)
 
     @override
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:

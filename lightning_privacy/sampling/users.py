@@ -129,6 +129,8 @@ def user_index(dataset: Any, users: UserIds | None, beside: object = None) -> Us
         ids = _column(dataset, users)
     elif callable(users):
         ids = (users(dataset[row]) for row in range(size))
+    elif not isinstance(users, Iterable):
+        raise _nobody(f"users = {users!r}")
     else:
         ids = users
     found = list(ids)

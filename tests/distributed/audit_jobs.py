@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_privacy.accounting import PrivacyLedger
 from lightning_privacy.callbacks import Canaries, LeakageMonitor, PrivacyReport
 from lightning_privacy.metrics import MembershipAUROC
+from lightning_privacy.models import CausalLanguageModel, PrivacyPreserveNet, SmallDecoder
 from lightning_privacy.noise import GaussianNoise
 from tests.callbacks.test_canaries import Wide, rows
-from tests.callbacks.training import BATCH, ROWS, Regression, data
+from tests.callbacks.training import BATCH, ROWS, Regression, data, trainer
 from tests.distributed import jobs
 
 NOISY = {"noise_multiplier": 1.0, "test_seed": None}
@@ -42,6 +43,29 @@ def found_by(canaries: Canaries) -> dict[str, Any]:
         "claimed": canaries.result.claimed,
         "refuted": canaries.result.refuted,
     }
+
+
+def evaluated(directory: str, task: str, ranks: int = 2) -> dict[str, float]:
+    """What a model of the recipes logs of a validation, of which each rank sees a half."""
+    torch.manual_seed(0)
+    words = torch.randint(1, WORDS, (8, 6))
+    labels = words if task == "causal_lm" else words[:, 0] % 2
+    batches = [
+        {"input_ids": row, "labels": label} for row, label in zip(words, labels, strict=True)
+    ]
+    module: pl.LightningModule = CausalLanguageModel(
+        vocab_size=WORDS, max_length=8, hidden_size=16, num_layers=1, num_heads=2
+    )
+    if task == "classification":
+        decoder = SmallDecoder(
+            vocab_size=WORDS, hidden_size=16, num_layers=1, num_heads=2, num_key_value_heads=1
+        )
+        module = PrivacyPreserveNet(modalities=["text"], decoder=decoder, num_labels=2)
+        for row in batches:
+            row["attention_mask"] = torch.ones(6, dtype=torch.long)
+    made = trainer(Path(directory), **jobs.strategy_for(ranks))
+    loader = DataLoader(batches, batch_size=2)  # type: ignore[arg-type]
+    return dict(made.validate(module, loader, verbose=False)[0])
 
 
 def row_canaries(directory: str, ranks: int = 2, options: dict | None = None) -> dict[str, Any]:

@@ -122,6 +122,16 @@ def test_monitor_report_and_metrics_say_what_one_process_says(
     assert hashes[0].keys() == hashes[1].keys()
 
 
+@pytest.mark.parametrize("task", ["causal_lm", "classification"])
+def test_models_of_recipes_are_validated_over_all_ranks(
+    processes: Processes, tmp_path: Path, task: str
+) -> None:
+    first, second = processes.run(audit_jobs.evaluated, str(tmp_path), task)
+    alone = audit_jobs.evaluated(str(tmp_path), task, 1)
+    assert first == second
+    assert alone == pytest.approx(first, rel=1e-5)
+
+
 def test_the_report_and_the_ledger_say_what_was_spent(processes: Processes, tmp_path: Path) -> None:
     settings = {"noise_multiplier": 1.0, "test_seed": None}
     first, second = processes.run(audit_jobs.measured, str(tmp_path), 2, settings)

@@ -132,6 +132,7 @@ def test_ids_that_would_not_protect_anybody_are_refused(ids, message):
         (Rows(IDS), None, "no attribute `users`"),
         (Rows(IDS), "whom", "no column, attribute or key of an example named 'whom'"),
         (Rows(IDS), IDS[:-1], "5 ids for 6 rows"),
+        (Rows(IDS), 7, "users = 7"),
         (TensorDataset(torch.zeros(3, 1)), "who", "no column"),
     ],
 )
