@@ -43,6 +43,7 @@ class Watch:
         self._count, self._heard_at = -1, time.monotonic()
         self._store = PrefixStore(f"lightning_privacy/{name}", _get_default_store())
         self._stopped = threading.Event()
+        self._word: str | None = None
 
     def start(self, patience: timedelta) -> None:
         """Begin to look.
@@ -73,12 +74,24 @@ class Watch:
         with suppress(RuntimeError):  # that the store is gone says as much
             self._store.set(_KEY, failure)
 
+    def word(self) -> str | None:
+        """What a failed rank has left, or what silence means; None if nothing is known.
+
+        Returns:
+            Which rank has failed, and how.
+        """
+        if self._word is None:
+            with suppress(RuntimeError):
+                if self._store.check([_KEY]):
+                    self._word = self._store.get(_KEY).decode()
+        return self._word
+
     def _look(self, patience: float) -> None:
         failure = None
         while failure is None:
             if self._stopped.wait(_EVERY):
                 return
-            failure = self._heard()
+            failure = self._word = self._heard()
         if not self._stopped.wait(patience):
             sys.stderr.write(
                 f"A rank of this private fit has failed ({failure}), and this one waits for it in "

@@ -40,6 +40,8 @@ Result = TypeVar("Result")
 _FAILED, _TOGETHER, _VALUE, _STEP = range(4)
 # How long a rank that has failed waits for the others to come and hear of it.
 _PATIENCE: Final = timedelta(seconds=60)
+# Of the words of a failed rank that go where the others look while they wait.
+_LETTERS: Final = 500
 # How much longer the others have to end by themselves.
 _GRACE: Final = timedelta(seconds=10)
 _KINDS: Final = {
@@ -236,7 +238,7 @@ class World:
         self._end()
         mine = _described(error)
         if self._watch is not None:
-            self._watch.report(f"rank {self.rank}: {type(error).__name__}")
+            self._watch.report(f"rank {self.rank}: {_in_short(error)}")
         try:
             places, spoken = self._talk(_FAILED, (0, 0), mine, _PATIENCE)
         except UnheardError:
@@ -284,7 +286,8 @@ class World:
             work.wait() if patience is None else work.wait(patience)
         except RuntimeError as error:
             self._end()
-            raise UnheardError(error) from error
+            word = None if self._watch is None else self._watch.word()
+            raise UnheardError(error, word) from error
         return parts
 
     # ------------------------------------------------------------------ sums
@@ -330,10 +333,11 @@ class World:
 class UnheardError(GuaranteeError):
     """No answer: another process is gone, or does not come."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, word: str | None = None) -> None:
+        why = str(error).splitlines()[0] if word is None else word
         super().__init__(
             must="all processes of a private fit go on together",
-            found=f"another process is gone, or did not come ({str(error).splitlines()[0]})",
+            found=f"another process is gone, or did not come ({why})",
             cost="a release without the sums and the noise of that process",
             remedy="read that process's own error; resume from the last checkpoint, which charges "
             "every release since",
@@ -344,6 +348,11 @@ class UnheardError(GuaranteeError):
 def _control_group(_world: Any) -> Any:
     """One group for words beside each default group; made by all ranks at the same moment."""
     return dist.new_group(backend="gloo")
+
+
+def _in_short(error: Exception) -> str:
+    said = error.found if isinstance(error, PrivacyError) else str(error)
+    return f"{type(error).__name__}: {said}".splitlines()[0][:_LETTERS]
 
 
 def _described(error: Exception) -> list[str]:

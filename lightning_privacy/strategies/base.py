@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
@@ -67,6 +68,10 @@ def privatize(base: type[Strategy]) -> type[Strategy]:  # noqa: C901 - one class
         def batch_to_device(self, *arguments: Any, **named: Any) -> Any:
             return _delivered(self, super().batch_to_device(*arguments, **named))
 
+        def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **named: Any) -> Any:
+            _require_file(self, checkpoint_path)
+            return super().load_checkpoint(checkpoint_path, *arguments, **named)
+
         def on_train_end(self) -> None:
             super().on_train_end()
             _verify_state(self, "at the end of the training")
@@ -95,6 +100,17 @@ def privatize(base: type[Strategy]) -> type[Strategy]:  # noqa: C901 - one class
     Private.__name__ = Private.__qualname__ = f"Private{base.__name__}"
     Private.__doc__ = f"`{base.__name__}` with private training; see `privatize`."
     return Private
+
+
+def _require_file(strategy: Any, path: Any) -> None:
+    if not is_sharded(strategy) and Path(path).is_dir():
+        raise UnsupportedOperationError(
+            must="a checkpoint for one device, or for replicas, is one file",
+            found=f"the folder {path}, to which several devices have each written a shard",
+            cost="weights that are not all there",
+            remedy='go on with Trainer(strategy="private_fsdp"), on any number of devices; it '
+            "writes files with PrivateFSDPStrategy(save_distributed_checkpoint=False)",
+        )
 
 
 def _replicate(private: Any, base: Any) -> None:

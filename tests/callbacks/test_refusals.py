@@ -458,6 +458,14 @@ def test_a_private_strategy_without_the_callback(tmp_path: Path) -> None:
     fit.validate(Regression(), loader(), verbose=False)
 
 
+def test_a_folder_of_shards_where_a_file_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "step=3.ckpt"
+    folder.mkdir()
+    made = trainer(tmp_path, privacy())
+    with pytest.raises(UnsupportedOperationError, match='strategy="private_fsdp"'):
+        made.fit(Regression(), loader(), ckpt_path=folder)
+
+
 def test_a_callback_that_was_taken_away(tmp_path: Path) -> None:
     callback = privacy()
     fit = trainer(tmp_path, callback)

@@ -72,6 +72,21 @@ def struck(directory: str, ranks: list[int], hook: str, way: str) -> str:
     return told(lambda: train(directory, 2, *callbacks, **options))
 
 
+def fails_while_the_other_one_waits(directory: str) -> str:
+    """Rank 1 fails in a callback; rank 0 waits at the barrier that Lightning has before a batch."""
+    world._PATIENCE, world._GRACE = timedelta(seconds=1), timedelta(seconds=20)
+    second = torch.distributed.get_rank() == 1
+    callbacks = (At("on_train_batch_end", 6, _own_words),) if second else ()
+    words = told(lambda: train(directory, 2, *callbacks))
+    if second:
+        os._exit(1)
+    return words
+
+
+def _own_words(_trainer: Any) -> None:
+    raise LookupError("no such column\nand more")
+
+
 def struck_with_ledger(directory: str, ranks: list[int]) -> str:
     """Some ranks are killed in their seventh step, of a run that has reserved ten."""
     world._PATIENCE, world._GRACE = timedelta(seconds=1), timedelta(seconds=2)

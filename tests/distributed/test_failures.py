@@ -55,6 +55,14 @@ def test_kill_9(mortal, processes, tmp_path, ranks, hook, started) -> None:
     assert len(steps) == 1
 
 
+def test_words_of_a_rank_that_fails_while_the_other_one_waits_are_found(mortal, tmp_path) -> None:
+    mortal.start(failures.fails_while_the_other_one_waits, str(tmp_path))
+    assert mortal.ended(1) == 1
+    words = mortal.answer(0)
+    assert "all processes of a private fit go on together" in words
+    assert "(rank 1: LookupError: no such column)" in words
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
 def test_kill_9_keeps_what_the_ledger_of_the_data_set_reserved(
