@@ -403,6 +403,21 @@ def test_weights_written_while_validation_runs_are_refused(
     assert not list(tmp_path.glob("*.ckpt"))
 
 
+class CentresBeforeAStep(Centres):
+    """Between the release and the update, where only the optimizer's parameters may change."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.write()
+
+
+def test_others_than_the_optimizer_s_parameters_do_not_change_in_its_step(tmp_path: Path) -> None:
+    with pytest.raises(GuaranteeError, match="during an optimizer step: centre"):
+        trainer(tmp_path, privacy()).fit(CentresBeforeAStep("write_not", "centre"), loader())
+    declared = privacy(independent_buffers=("centre",))
+    trainer(tmp_path, declared).fit(CentresBeforeAStep("write_not", "centre"), loader())
+    assert declared.steps == 10
+
+
 class Counts(nn.Module):
     """Its counts are in the state dictionary, and no buffer."""
 
