@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_privacy.errors import GuaranteeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 
 class LeakGuard:
@@ -130,9 +130,31 @@ class StateGuard:
         kept = {name: tensors[name] for name in self._values if name not in changed}
         now = _fingerprints(kept)
         changed += [name for name in kept if now[name] != self._values[name]]
-        changed += [name for name in self._small_changed(small) if name not in changed]
+        changed += self._small_changed(self._small.keys() - set(changed))
         if changed:
             raise _state_changed(moment, changed)
+
+    def verify_others(self, moving: Iterable[Tensor], moment: str) -> None:
+        """Compare all but the parameters that an optimizer steps with the last `snapshot`.
+
+        Args:
+            moving: those parameters.
+            moment: when, in words.
+
+        Raises:
+            GuaranteeError: naming every other parameter and every buffer that changed.
+        """
+        known = {id(getattr(tensor, "_local_tensor", tensor)) for tensor in moving}
+        before = dict(zip(map(_place, self._entries), self._versions, strict=True))
+        entries = self._walk()
+        after = zip(entries, _versions(entries), strict=True)
+        changed = [e for e, now in after if id(e[2]) not in known and before.get(e[:2]) != now]
+        names = list(self._watched(changed)) if changed else []
+        if any(name not in names for name in self._small):
+            own = set(_names([entry for entry in entries if id(entry[2]) in known]))
+            names += self._small_changed(self._small.keys() - own - set(names))
+        if names:
+            raise _state_changed(moment, names)
 
     def verify_saved(self, moment: str, *, parameters: bool = False) -> None:
         """Compare what checkpoints hold besides parameters with the first `snapshot`.
@@ -173,10 +195,12 @@ class StateGuard:
             if not any(fnmatch(name, pattern) for pattern in self._independent)
         }
 
-    def _small_changed(self, now: Tensor) -> list[str]:
+    def _small_changed(self, among: Container[str]) -> list[str]:
         sizes = [len(tensor) for tensor in self._small.values()]
-        pieces = zip(self._small, now.split(sizes), self._small_before.split(sizes), strict=True)
-        return [name for name, after, before in pieces if not torch.equal(after, before)]
+        pairs = zip(self._small.items(), self._small_before.split(sizes), strict=True)
+        return [
+            name for (name, now), before in pairs if name in among and not torch.equal(now, before)
+        ]
 
     @property
     def values(self) -> dict[str, int]:
@@ -211,6 +235,10 @@ class StateGuard:
 
 
 _Entry = tuple[str, str, Tensor]
+
+
+def _place(entry: _Entry) -> tuple[str, str]:
+    return entry[:2]
 
 
 def _names(entries: list[_Entry]) -> list[str]:

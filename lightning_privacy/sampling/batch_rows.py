@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from lightning_privacy.errors import GuaranteeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Size
 
 
 class BatchRows:
@@ -20,6 +25,7 @@ class BatchRows:
     def __init__(self) -> None:
         self._tensors = 0
         self._places: list[tuple[int, int]] = []
+        self._before: list[tuple[list[Size], int]] | None = []
 
     def learn(self, two: Any, three: Any) -> None:
         """Find the dimensions that count rows.
@@ -27,8 +33,11 @@ class BatchRows:
         Args:
             two: A batch of two copies of a row.
             three: One of three.
+
+        Raises:
+            GuaranteeError: A batch that was given to `require` before holds more rows, or fewer.
         """
-        pairs = list(zip(_tensors(two), _tensors(three), strict=False))
+        pairs = list(zip(tensors_of(two), tensors_of(three), strict=False))
         self._tensors = len(pairs)
         self._places = [
             (number, dim)
@@ -36,6 +45,9 @@ class BatchRows:
             for dim, sizes in enumerate(zip(small.shape, large.shape, strict=False))
             if sizes == (2, 3)
         ]
+        before, self._before = self._before or [], None
+        for shapes, rows in before:
+            self._judge(shapes, rows)
 
     def require(self, batch: Any, rows: int) -> None:
         """Refuse a batch in which no dimension that counts rows has their number.
@@ -47,10 +59,16 @@ class BatchRows:
         Raises:
             GuaranteeError: It holds more rows, or fewer.
         """
-        tensors = _tensors(batch)
-        if not self._places or len(tensors) != self._tensors:
+        shapes = [tensor.shape for tensor in tensors_of(batch)]
+        if self._before is not None:
+            # The checks, which learn, come when the first batch is there.
+            self._before = [*self._before[-1:], (shapes, rows)]
+        self._judge(shapes, rows)
+
+    def _judge(self, shapes: Sequence[Size], rows: int) -> None:
+        if not self._places or len(shapes) != self._tensors:
             return
-        found = [tensors[n].shape[dim] for n, dim in self._places if dim < tensors[n].dim()]
+        found = [shapes[number][dim] for number, dim in self._places if dim < len(shapes[number])]
         if found and rows not in found:
             raise GuaranteeError(
                 must="the collate function gives a batch of every row that it gets",
@@ -62,5 +80,19 @@ class BatchRows:
             )
 
 
-def _tensors(batch: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in an order that its structure gives.
+
+    Args:
+        batch: Containers of tensors, also in the attributes of objects of a class of their own.
+
+    Returns:
+        The tensors.
+    """
+    found: list[Tensor] = []
+    for leaf in tree_flatten(batch)[0]:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__"):
+            found += (part for part in tree_flatten(vars(leaf))[0] if isinstance(part, Tensor))
+    return found

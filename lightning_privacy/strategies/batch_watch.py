@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lightning_privacy.errors import GuaranteeError
+from lightning_privacy.sampling.batch_rows import tensors_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BatchWatch:
@@ -28,7 +29,7 @@ class BatchWatch:
         Args:
             batch: What it returned.
         """
-        self._tensors = _tensors(batch)
+        self._tensors = tensors_of(batch)
         self._versions = [tensor._version for tensor in self._tensors]
 
     def verify(self, batch: Any) -> None:
@@ -40,7 +41,7 @@ class BatchWatch:
         Raises:
             GuaranteeError: A tensor was written to or replaced.
         """
-        tensors = _tensors(batch)
+        tensors = tensors_of(batch)
         same = len(tensors) == len(self._tensors) and all(
             own is other for own, other in zip(tensors, self._tensors, strict=True)
         )
@@ -55,9 +56,3 @@ class BatchWatch:
             remedy="change the batch in on_after_batch_transfer, in the collate function or in "
             "training_step, each row by itself",
         )
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
-    return found

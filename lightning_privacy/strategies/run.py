@@ -234,6 +234,7 @@ class PrivateRun:
             result = ordinary(optimizer, private_closure, *arguments, **named)
             if not calls:
                 raise closure_never_called(optimizer)
+            self._guard.verify_others(self._step().held.values(), "during an optimizer step")
             self._watch_state()
             if not self.module.automatic_optimization:
                 self._step().begin(self._draw.weights, self._draw.units)
@@ -333,8 +334,7 @@ class PrivateRun:
             self.recheck(*draw.arguments)
         number = self._charge(draw.releases)
         self.world.meet(draw.cursor, number)
-        every = self.trainer.log_every_n_steps
-        logged = bool(every) and (number + 1) % every == 0
+        logged = bool(every := self.trainer.log_every_n_steps) and (number + 1) % every == 0
         statistics = step.release(number, held, signal=logged)
         if not draw.releases:
             self._record(statistics)

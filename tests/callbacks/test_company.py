@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,46 @@ class MixesInPlace(pl.Callback):
 class MixesAnew(Regression):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         batch[0] = batch[0] + batch[0].flip(0)
+
+
+@dataclasses.dataclass
+class Pairs:
+    """A batch of a class of its own."""
+
+    x: Tensor
+    y: Tensor
+
+    def to(self, device: Any, **_: Any) -> Pairs:
+        return Pairs(self.x.to(device), self.y.to(device))
+
+
+class OfPairs(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self.net(batch.x), batch.y)
+
+
+class MixesPairs(pl.Callback):
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        batch.x.add_(batch.x.flip(0))
+
+
+def paired(rows: list[Any]) -> Pairs:
+    return Pairs(*default_collate(rows))
+
+
+def paired_but_the_last(rows: list[Any]) -> Pairs:
+    return paired(rows[:3])
+
+
+def test_a_batch_of_a_class_of_its_own_is_looked_into(tmp_path: Path) -> None:
+    trainer(tmp_path, privacy()).fit(OfPairs(), loader(collate_fn=paired))
+    with pytest.raises(GuaranteeError, match="changed in between"):
+        trainer(tmp_path, privacy(), MixesPairs()).fit(OfPairs(), loader(collate_fn=paired))
+    settings = {"independence_check": False, "sample_rate": 1.0, "expected_batch_size": 40}
+    with pytest.raises(GuaranteeError, match="3 rows made of 4"):
+        trainer(tmp_path, privacy(**settings)).fit(
+            OfPairs(), loader(collate_fn=paired_but_the_last)
+        )
 
 
 class Prepares(Regression):
@@ -360,6 +401,21 @@ def test_weights_written_while_validation_runs_are_refused(
     with pytest.raises(GuaranteeError, match=f"during validation: {name}"):
         fit.fit(Centres(hook, name), loader(), loader())
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+class CentresBeforeAStep(Centres):
+    """Between the release and the update, where only the optimizer's parameters may change."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.write()
+
+
+def test_others_than_the_optimizer_s_parameters_do_not_change_in_its_step(tmp_path: Path) -> None:
+    with pytest.raises(GuaranteeError, match="during an optimizer step: centre"):
+        trainer(tmp_path, privacy()).fit(CentresBeforeAStep("write_not", "centre"), loader())
+    declared = privacy(independent_buffers=("centre",))
+    trainer(tmp_path, declared).fit(CentresBeforeAStep("write_not", "centre"), loader())
+    assert declared.steps == 10
 
 
 class Counts(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -256,9 +257,24 @@ class Gathering(Blocks):
         return super().training_step(batch, batch_idx) + mean
 
 
+class GatheringAsParametersAre(Blocks):
+    """By the operation by which FSDP gathers parameters; alike rows on all ranks change nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        own = self.net(batch[0]).detach().sum(0)
+        every = own.new_empty(2 * len(own))
+        dist.all_gather_into_tensor(every, own)
+        return super().training_step(batch, batch_idx) * (1 + (every - own).abs().sum())
+
+
 REFUSED = {
-    "own": Own, "two": TwoDimensions, "partly": Partly, "gathering": Gathering, "blocks": Blocks,
-}  # fmt: skip
+    "own": Own,
+    "two": TwoDimensions,
+    "partly": Partly,
+    "gathering": Gathering,
+    "like parameters": GatheringAsParametersAre,
+    "blocks": Blocks,
+}
 
 
 def refusal(directory: str, name: str, settings: dict) -> str:

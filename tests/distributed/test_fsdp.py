@@ -259,6 +259,7 @@ def test_a_module_may_shard_itself(processes, tmp_path, strategy) -> None:
         ("two", {}, "on a mesh of shape (2, 1)"),
         ("partly", {}, "net.head.weight, which is whole on every rank"),
         ("gathering", {}, "c10d.allgather"),
+        ("like parameters", {}, "c10d._allgather_base_"),
         (
             "blocks",
             {

@@ -38,6 +38,13 @@ def test_others_are_refused(rows: int) -> None:
         learnt().require(batch(rows), 4)
 
 
+def test_what_came_before_it_was_learnt_is_looked_at_then() -> None:
+    found = BatchRows()
+    found.require(batch(3), 4)
+    with pytest.raises(GuaranteeError, match="3 rows made of 4"):
+        found.learn(batch(2), batch(3))
+
+
 def test_one_place_with_the_number_of_rows_is_enough() -> None:
     """Boxes of all images side by side: the row that was learnt from has one."""
 
