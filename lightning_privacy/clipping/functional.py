@@ -31,7 +31,9 @@ def per_example_gradients(
 ) -> dict[str, Tensor]:
     """The gradient of every example's own loss.
 
-    The module is used as it is: nothing is wrapped, ``.grad`` is not touched.
+    The module is used as it is: nothing is wrapped, ``.grad`` is not touched. Batch statistics are
+    refused; other losses that mix examples are not looked for, as `DifferentialPrivacy` does: of a
+    mean over all tokens of a batch, a row is B times that example's part of it.
 
     Args:
         module: any module; its trainable parameters are covered.
