@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Sums that travel while the next ones are computed; each is held whole until it has arrived.
 _UNDER_WAY = 3
+# Its name since torch 2.13, where the older one warns.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ShardedStep(PrivateStep):
@@ -126,7 +128,7 @@ def _reduce_scattered(whole: Tensor, shard: nn.Parameter) -> tuple[Tensor, Any]:
     if tuple(shard.placements) == (Shard(0),) and len(whole) % size == 0:
         own = whole.new_empty(len(whole) // size, *whole.shape[1:])
         group = mesh.get_group()
-        return own, dist.reduce_scatter_tensor(own, whole, group=group, async_op=True)
+        return own, _reduce_scatter(own, whole, group=group, async_op=True)
     parts = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
     return parts.redistribute(placements=shard.placements).to_local(), None
 
