@@ -227,7 +227,7 @@ def test_a_folder_of_shards_goes_on_in_one_process(processes, tmp_path) -> None:
 
 # ------------------------------------------------------------------ failures
 @pytest.mark.parametrize(
-    ("way", "words"), [("forward", "rank 1: OSError"), ("stop", "rank 1 is silent")]
+    ("way", "words"), [("forward", "rank 1: OSError: no such record"), ("stop", "rank 1 is silent")]
 )
 def test_a_rank_that_waits_in_vain_ends(tmp_path, capfd, way, words) -> None:
     own = Processes()
