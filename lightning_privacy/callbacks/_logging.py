@@ -8,23 +8,28 @@ from typing import TYPE_CHECKING, Any, Final
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
+    from lightning_privacy.callbacks._planning import EpsilonSoFar
     from lightning_privacy.callbacks._tally import Tally
 
 _EACH_STEP: Final[dict[str, Any]] = {"on_step": True, "on_epoch": False, "batch_size": 1}
 
 
-def log_step(module: Any, spent: float, count: int, tally: Tally) -> None:
+def log_step(module: Any, so_far: EpsilonSoFar, count: int, tally: Tally, *, begun: bool) -> None:
     """Log ε, and now and then what the last draw looked like.
 
     Args:
         module: The module that is trained.
-        spent: The ε so far.
+        so_far: Says ε.
         count: Private steps so far.
         tally: What the draws looked like, the same on all ranks.
+        begun: Whether an epoch has begun with this step: Lightning forgot what was logged before.
     """
+    spent = so_far.at(count)
     if math.isfinite(spent):
         spent = math.ceil(spent * 1000) / 1000  # the progress bar shows three digits
-    module.log("privacy/epsilon", spent, prog_bar=True, **_EACH_STEP)
+    if begun or spent != so_far.shown:  # logging takes Lightning nearly a millisecond
+        module.log("privacy/epsilon", spent, prog_bar=True, **_EACH_STEP)
+        so_far.shown = spent
     every = module.trainer.log_every_n_steps
     if every and count % every == 0:
         tally.catch_up()

@@ -310,21 +310,32 @@ class EpsilonSoFar:
 
     Evaluated on a coarser grid of the privacy loss and on a grid of steps, each time at the next
     point ahead; so it runs ahead of the truth by up to a tenth of the steps made, or a twentieth
-    of those planned.
+    of those planned. All of it when the first step is asked for: at a later one the GPU would run
+    dry meanwhile.
 
     Args:
         plan: The plan.
         planned: The ε of all planned steps, which is never exceeded.
+        charged: What the ledger holds so far, perhaps of another plan, too.
+
+    Attributes:
+        shown: What Lightning shows and writes at each step, until it forgets it; None then.
     """
 
     _COARSE = 1e-3
     _AHEAD = 1.1
 
-    def __init__(self, plan: PrivacyPlan, planned: float) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, planned: float, charged: Sequence[GaussianRelease] = ()
+    ) -> None:
         self._plan, self._planned = plan, planned
+        own = plan.release(1)
+        self._others = [release for release in charged if not release.same_mechanism(own)]
+        self._before = sum(release.count for release in self._others)
         # Opacus's accountant takes seconds where the PLD takes milliseconds; both are bounds.
         self._accountant: AccountantName = "rdp" if plan.accountant == "rdp" else "pld"
-        self._until, self._value = 0, 0.0
+        self._ahead: list[tuple[int, float]] = []
+        self.shown: float | None = None
 
     def at(self, count: int) -> float:
         """An upper bound of ε after ``count`` steps.
@@ -335,13 +346,33 @@ class EpsilonSoFar:
         Returns:
             ε, infinite in deterministic test mode.
         """
-        if self._plan.deterministic:
+        if not count or self._plan.deterministic:
             return math.inf if count else 0.0
-        if count > self._until:
-            self._until = max(int(count * self._AHEAD) + 1, count + self._plan.steps // 20)
-            spent = [self._plan.release(self._until)]
-            self._value = epsilon(spent, self._plan.delta, self._accountant, self._COARSE)
-        return min(self._value, self._planned) if count <= self._plan.steps else self._value
+        while self._ahead and self._ahead[0][0] < count:
+            del self._ahead[0]
+        if not self._ahead:
+            self._ahead = self._evaluated(count)
+        value = self._ahead[0][1]
+        return min(value, self._planned) if count <= self._plan.steps else value
+
+    def _evaluated(self, count: int) -> list[tuple[int, float]]:
+        """ε at the points from the first that covers ``count`` to the end of the plan.
+
+        They are the same however often a run is taken up, so that their ε are known already.
+        """
+        until, steps = 0, self._plan.steps
+        found: list[tuple[int, float]] = []
+        while not found or until < steps:
+            until = max(int((until + 1) * self._AHEAD) + 1, until + 1 + steps // 20)
+            if count <= steps <= until:
+                found.append((steps, self._planned))
+            elif count <= until:
+                found.append((until, self._until(until)))
+        return found
+
+    def _until(self, count: int) -> float:
+        releases = [*self._others, self._plan.release(count - self._before)]
+        return epsilon(releases, self._plan.delta, self._accountant, self._COARSE)
 
 
 def epsilon_of(releases: Sequence[GaussianRelease], plan: PrivacyPlan) -> float:

@@ -283,7 +283,7 @@ class DifferentialPrivacy(Callback):
         _ranks.require_one_plan(self._world, plan, len(dataloader.dataset))
         to_come = plan.release(plan.steps - state.ledger.count)
         self._state.planned_epsilon = epsilon_of([*state.ledger.releases, to_come], plan)
-        self._so_far = EpsilonSoFar(plan, self._state.planned_epsilon)
+        self._so_far = EpsilonSoFar(plan, state.planned_epsilon, state.ledger.releases)
         return PrivateLoader(
             dataloader,
             _ranks.sharded(population.sampler(plan, self._secret), self._world),
@@ -315,8 +315,7 @@ class DifferentialPrivacy(Callback):
             trainer.should_stop = True
         if trainer.barebones or self._so_far is None:
             return
-        spent = self._so_far.at(state.ledger.count)
-        log_step(pl_module, spent, state.ledger.count, self._tally)
+        log_step(pl_module, self._so_far, state.ledger.count, self._tally, begun=not batch_idx)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

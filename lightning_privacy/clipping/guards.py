@@ -9,7 +9,9 @@ from __future__ import annotations
 import pickle
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING
+from itertools import chain
+from operator import attrgetter, methodcaller
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +83,40 @@ class StateGuard:
         self._module = module
         self._independent = tuple(independent)
         self._modules: list[tuple[str, nn.Module]] = []
-        self._entries: list[_Entry] = []
-        self._versions: list[tuple[int, int]] = []
-        self._values: dict[str, int] = {}
+        self._parts: list[nn.Module] = []
+        self._inner: list[Mapping[str, nn.Module | None]] = []
+        self._tables: list[Mapping[str, Tensor | None]] = []
+        self._children: list[nn.Module | None] = []
+        self._names: list[str] = []
         self._held: list[Tensor] = []
+        self._places: list[int] = []
+        self._versions: list[int] = []
+        self._values: dict[str, int] = {}
+        self._kept: list[Tensor] = []
         self._small: dict[str, Tensor] = {}
         self._small_before = _joined({})
         self._saved: dict[str, int] | None = None
+
+    def held(self, *, anew: bool = False) -> list[Tensor]:
+        """All parameters and buffers, once for each place that holds one.
+
+        Every step needs this thrice, and what it costs is reaching for memory: so a module's tables
+        of children, parameters and buffers are remembered, and no object is made for a tensor.
+
+        Args:
+            anew: ask the modules for their tables, which code may have replaced as a whole.
+
+        Returns:
+            The tensors, good for `verify` until anything but this package has run.
+        """
+        if anew:
+            self._find_tables()
+        if [*_contents(self._inner)] != self._children or not self._parts:
+            self._modules = list(self._module.named_modules(remove_duplicate=False))
+            self._parts = [part for _, part in self._modules]
+            self._find_tables()
+            self._children = [*_contents(self._inner)]
+        return [tensor for tensor in _contents(self._tables) if tensor is not None]
 
     def snapshot(self, *, values: bool = False) -> None:
         """Remember the present state.
@@ -99,40 +128,51 @@ class StateGuard:
         """
         if self._saved is None:
             self._saved = self._saved_state()
-        self._entries = self._walk()
-        before, self._versions = self._versions, _versions(self._entries)
+        held = self.held()
+        if values or [*map(id, held)] != [*map(id, self._held)]:
+            held = self.held(anew=True)
+            self._names = self._names_now()
+        self._held, before = held, self._places
+        self._places, self._versions = _places_and_versions(held)
         with torch._C.DisableTorchFunctionSubclass():
-            if [where for where, _ in before] != [where for where, _ in self._versions]:
+            if before != self._places:
                 # Memory that is held here cannot be given to a tensor that replaces another.
-                self._held = [tensor.detach() for _, _, tensor in self._entries]
-                self._small = _smallest(self._watched(self._entries))
+                self._kept = [tensor.detach() for tensor in map(_local, held)]
+                self._small = _smallest(self._watched(self._names, held))
             self._small_before = _joined(self._small)
-        watched = self._watched(self._entries) if values else {}
-        self._values = _fingerprints(watched)
+        self._values = _fingerprints(self._watched(self._names, held)) if values else {}
 
-    def verify(self, moment: str) -> None:
+    def verify(self, moment: str, held: list[Tensor] | None = None) -> None:
         """Compare with the last `snapshot`.
+
+        Args:
+            moment: when, for the error.
+            held: what `held` has just returned; None looks anew.
 
         Raises:
             GuaranteeError: naming every buffer and parameter that changed.
         """
-        entries = self._walk()
-        versions = _versions(entries)
         with torch._C.DisableTorchFunctionSubclass():
             small = _joined(self._small)
-        if versions == self._versions and small.equal(self._small_before) and not self._values:
+        now = _places_and_versions(self.held(anew=True) if held is None else held)
+        same = now == (self._places, self._versions) and small.equal(self._small_before)
+        if same and not self._values:
             return
-        before = dict(zip(_names(self._entries), self._versions, strict=True))
-        after = dict(zip(_names(entries), versions, strict=True))
-        tensors = self._watched(entries)
-        names = dict.fromkeys((*self._watched(self._entries), *tensors))
-        changed = [name for name in names if before.get(name) != after.get(name)]
+        if changed := self._changed():
+            raise _state_changed(moment, changed)
+
+    def _changed(self) -> list[str]:
+        """The names of all that differs from the last `snapshot`."""
+        held, names = self.held(anew=True), self._names_now()
+        before = dict(zip(self._names, zip(self._places, self._versions, strict=True), strict=True))
+        after = dict(zip(names, zip(*_places_and_versions(held), strict=True), strict=True))
+        tensors = self._watched(names, held)
+        every = dict.fromkeys((*self._watched(self._names, self._held), *tensors))
+        changed = [name for name in every if before.get(name) != after.get(name)]
         kept = {name: tensors[name] for name in self._values if name not in changed}
         now = _fingerprints(kept)
         changed += [name for name in kept if now[name] != self._values[name]]
-        changed += self._small_changed(self._small.keys() - set(changed))
-        if changed:
-            raise _state_changed(moment, changed)
+        return changed + self._small_changed(self._small.keys() - set(changed))
 
     def verify_others(self, moving: Iterable[Tensor], moment: str) -> None:
         """Compare all but the parameters that an optimizer steps with the last `snapshot`.
@@ -144,17 +184,23 @@ class StateGuard:
         Raises:
             GuaranteeError: naming every other parameter and every buffer that changed.
         """
-        known = {id(getattr(tensor, "_local_tensor", tensor)) for tensor in moving}
-        before = dict(zip(map(_place, self._entries), self._versions, strict=True))
-        entries = self._walk()
-        after = zip(entries, _versions(entries), strict=True)
-        changed = [e for e, now in after if id(e[2]) not in known and before.get(e[:2]) != now]
-        names = list(self._watched(changed)) if changed else []
-        if any(name not in names for name in self._small):
-            own = set(_names([entry for entry in entries if id(entry[2]) in known]))
-            names += self._small_changed(self._small.keys() - own - set(names))
-        if names:
-            raise _state_changed(moment, names)
+        known = {id(_local(tensor)) for tensor in moving}
+        held, names = self.held(), self._names
+        before: Iterable[object] = zip(self._places, self._versions, strict=True)
+        if [*map(id, held)] != [*map(id, self._held)]:
+            places = dict(zip(names, before, strict=True))
+            held, names = self.held(anew=True), self._names_now()
+            before = map(places.get, names)
+        own = [id(_local(tensor)) in known for tensor in held]
+        now = zip(*_places_and_versions(held), strict=True)
+        rows = zip(names, held, own, before, now, strict=True)
+        changed = {name: tensor for name, tensor, moves, a, b in rows if a != b and not moves}
+        found = [*self._watched([*changed], [*changed.values()])] if changed else []
+        if any(name not in found for name in self._small):
+            moved = {name for name, moves in zip(names, own, strict=True) if moves}
+            found += self._small_changed(self._small.keys() - moved - set(found))
+        if found:
+            raise _state_changed(moment, found)
 
     def verify_saved(self, moment: str, *, parameters: bool = False) -> None:
         """Compare what checkpoints hold besides parameters with the first `snapshot`.
@@ -170,8 +216,9 @@ class StateGuard:
         """
         before, now = self._saved or {}, self._saved_state()
         if parameters and self._values:
+            held, names = self.held(anew=True), self._names_now()
             own = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
-            found = {n: t for n, t in self._watched(self._walk()).items() if n in own}
+            found = {n: t for n, t in self._watched(names, held).items() if n in own}
             before = {**before, **{name: self._values.get(name, 0) for name in found}}
             now = {**now, **_fingerprints(found)}
         changed = [name for name in (*before, *now) if before.get(name) != now.get(name)]
@@ -209,45 +256,51 @@ class StateGuard:
 
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:
-        """All modules by name; searched anew only when one was added or removed."""
-        if sum(len(part._modules) for _, part in self._modules) != len(self._modules) - 1:
-            self._modules = list(self._module.named_modules(remove_duplicate=False))
+        """All modules by name; searched anew only when one was added, replaced or removed."""
+        self.held(anew=True)
         return self._modules
 
-    def _walk(self) -> list[_Entry]:
-        """All parameters and buffers. Every step does this thrice, so nothing is formatted here."""
+    def _find_tables(self) -> None:
+        tables = [*chain.from_iterable(map(_TABLES, self._parts))]
+        self._inner, self._tables = tables[0::3], tables[1::3] + tables[2::3]
+
+    def _names_now(self) -> list[str]:
+        """The names of what `held` returns, in its order."""
         return [
-            # Of a tensor that lies on several ranks, the part that is here.
-            (prefix, name, getattr(tensor, "_local_tensor", tensor))
-            for prefix, part in self.modules
-            for held in (part._parameters, part._buffers)
-            if held
-            for name, tensor in held.items()
+            f"{prefix}.{name}" if prefix else name
+            for kind in (1, 2)
+            for prefix, part in self._modules
+            for name, tensor in _TABLES(part)[kind].items()
             if tensor is not None
         ]
 
-    def _watched(self, entries: list[_Entry]) -> dict[str, Tensor]:
+    def _watched(self, names: list[str], held: list[Tensor]) -> dict[str, Tensor]:
         return {
-            name: entry[2]
-            for name, entry in zip(_names(entries), entries, strict=True)
+            name: _local(tensor)
+            for name, tensor in zip(names, held, strict=True)
             if not any(fnmatch(name, pattern) for pattern in self._independent)
         }
 
 
-_Entry = tuple[str, str, Tensor]
+_TABLES = attrgetter("_modules", "_parameters", "_buffers")
+_Value = TypeVar("_Value")
 
 
-def _place(entry: _Entry) -> tuple[str, str]:
-    return entry[:2]
+def _contents(tables: Iterable[Mapping[str, _Value]]) -> Iterator[_Value]:
+    """The values of all tables, most of which are empty."""
+    return chain.from_iterable(map(methodcaller("values"), filter(None, tables)))
 
 
-def _names(entries: list[_Entry]) -> list[str]:
-    return [f"{prefix}.{name}" if prefix else name for prefix, name, _ in entries]
+def _local(tensor: Tensor) -> Tensor:
+    """Of a tensor that lies on several ranks the part that is here."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
 
 
-def _versions(entries: list[_Entry]) -> list[tuple[int, int]]:
+def _places_and_versions(held: list[Tensor]) -> tuple[list[int], list[int]]:
     with torch._C.DisableTorchFunctionSubclass():
-        return [(tensor.data_ptr(), tensor._version) for _, _, tensor in entries]
+        here = [getattr(tensor, "_local_tensor", tensor) for tensor in held]
+        return [tensor.data_ptr() for tensor in here], [tensor._version for tensor in here]
 
 
 def _smallest(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

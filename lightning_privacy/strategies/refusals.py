@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lightning_privacy.errors import GuaranteeError, UnsupportedOperationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 
@@ -97,25 +99,23 @@ def not_started() -> GuaranteeError:
     )
 
 
-def refuse_strangers(
-    module: nn.Module, parts: Sequence[tuple[str, nn.Module]], covered: frozenset[int]
-) -> None:
+def refuse_strangers(module: nn.Module, held: Sequence[Tensor], covered: frozenset[int]) -> None:
     """Refuse parameters that became trainable too late.
 
     Args:
         module: The module that is trained.
-        parts: Its modules by name.
+        held: All its parameters and buffers, as they are now.
         covered: Identities of the parameters that the private step covers.
 
     Raises:
         GuaranteeError: There are others that train.
     """
-
-    def is_stranger(parameter: nn.Parameter | None) -> bool:
-        return parameter is not None and id(parameter) not in covered and parameter.requires_grad
-
-    if any(map(is_stranger, (p for _, part in parts for p in part._parameters.values()))):
-        raise _uncovered([name for name, p in module.named_parameters() if is_stranger(p)])
+    with torch._C.DisableTorchFunctionSubclass():
+        strange = {id(t) for t in held if id(t) not in covered and t.requires_grad}
+    # A buffer may be among them, which no optimizer gets.
+    names = [n for n, p in module.named_parameters() if id(p) in strange] if strange else []
+    if names:
+        raise _uncovered(names)
 
 
 def _uncovered(names: Sequence[str]) -> GuaranteeError:

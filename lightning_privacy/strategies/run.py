@@ -161,11 +161,9 @@ class PrivateRun:
         if self._probing:
             return ordinary(batch, *arguments)
         with self._restoring(), torch.compiler.set_stance("force_eager"):
-            self._require_unchanged()
             self._open_draw(*arguments)
-            if self.module.automatic_optimization:
-                return self._automatic(ordinary, batch, *arguments)
-            return self._manual(ordinary, batch, *arguments)
+            run = self._automatic if self.module.automatic_optimization else self._manual
+            return run(ordinary, batch, *arguments)
 
     def backward(self, ordinary: StepFunction, loss: Tensor, *arguments: Any, **named: Any) -> Any:
         """Run one backward, then clip and add what it delivered.
@@ -303,16 +301,15 @@ class PrivateRun:
         return output
 
     def _open_draw(self, *arguments: Any) -> None:
-        step = self._step()
+        due = self.recheck is not None and self._repeats.due(self.trainer.current_epoch)
+        self._require_unchanged(anew=due)
+        step, cursor = self._step(), self._loader().cursor_of_current
         if step.pending and not self._draw.releases:
             warn_never_stepped()
         step.discard()
-        cursor = self._loader().cursor_of_current
         if self._draw.releases and self._draw.cursor == cursor:
             raise draw_stepped_again()
-        if self._watched:
-            self._verify_state("between training steps")
-        if due := self.recheck is not None and self._repeats.due(self.trainer.current_epoch):
+        if due and self.recheck is not None:
             self.recheck(*arguments)
         self.labels.forget()
         manual = not self.module.automatic_optimization
@@ -374,10 +371,13 @@ class PrivateRun:
             self.world.fail(error)
             raise
 
-    def _require_unchanged(self) -> None:
+    def _require_unchanged(self, *, anew: bool) -> None:
         if self.trainer.accumulate_grad_batches != 1:
             raise accumulation_refused(self.trainer.accumulate_grad_batches)
-        refuse_strangers(self.module, self._guard.modules, self._covered)
+        held = self._guard.held(anew=anew)  # for both guards, with nothing between them
+        refuse_strangers(self.module, held, self._covered)
+        if self._watched:
+            self._guard.verify("between training steps", held)
 
     def _step(self) -> PrivateStep:
         if self.step is None:

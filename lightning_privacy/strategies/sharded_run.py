@@ -24,9 +24,9 @@ class ShardedRun(PrivateRun):
         self.step_class = functools.partial(ShardedStep, shards=shards)
         return parameters
 
-    def _require_unchanged(self) -> None:
+    def _require_unchanged(self, *, anew: bool) -> None:
         rest(self.module)
-        super()._require_unchanged()
+        super()._require_unchanged(anew=anew)
 
     def forget_state(self) -> None:
         """After a validation, which has gathered parts of the module."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 
-from lightning_privacy import BudgetExceededError, GuaranteeError
+from lightning_privacy import BudgetExceededError, GuaranteeError, accounting
+from lightning_privacy.callbacks import _planning
 from lightning_privacy.callbacks._planning import EpsilonSoFar
 from lightning_privacy.plan import PrivacyPlan
 from lightning_privacy.types import NeighbouringRelation
@@ -100,6 +103,58 @@ def test_epsilon_so_far_is_never_too_small_and_never_above_the_plan() -> None:
         before = value
     assert value == pytest.approx(planned)
     assert so_far.at(50) >= whole.epsilon(50) > planned
+
+
+def test_epsilon_so_far_is_computed_before_the_second_step(monkeypatch: Any) -> None:
+    whole, asked = plan(steps=400), []
+    monkeypatch.setattr(_planning, "epsilon", lambda *a: asked.append(a) or accounting.epsilon(*a))
+    so_far = EpsilonSoFar(whole, whole.epsilon())
+    so_far.at(1)
+    assert 1 < len(asked) < 20
+    before = len(asked)
+    values = [so_far.at(count) for count in range(1, 401)]
+    assert len(asked) == before
+    assert values == sorted(values)
+    for count in (1, 2, 21, 22, 23, 99, 250, 399):
+        truth = whole.epsilon(count)
+        assert truth - 1e-9 <= values[count - 1] <= 1.01 * whole.epsilon(int(1.1 * count) + 21)
+    # A run that is taken up asks for nothing that was not asked for before.
+    EpsilonSoFar(whole, whole.epsilon()).at(77)
+    assert {spent[0].count for spent, *_ in asked[before:]} <= {
+        spent[0].count for spent, *_ in asked[:before]
+    }
+
+
+def test_epsilon_so_far_counts_what_another_plan_has_released() -> None:
+    # A checkpoint of another run may be taken up whose noise was calibrated for more steps.
+    whole, louder = plan(noise_multiplier=2.0), plan(noise_multiplier=0.7).release(10)
+    charged = [louder, whole.release(5)]
+
+    def truth(count: int) -> float:
+        return accounting.epsilon([louder, whole.release(count - 10)], whole.delta)
+
+    so_far = EpsilonSoFar(whole, truth(40), charged)
+    for count in (15, 16, 20, 39, 40):
+        assert truth(count) - 1e-9 <= so_far.at(count) <= truth(40)
+
+
+class Logging(pl.Callback):
+    """A user's own figure, under the hook in which ε is logged, too."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        module.log("own", 1.0)
+
+
+def test_each_step_that_is_logged_says_epsilon(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    options = {"max_epochs": 3, "log_every_n_steps": 1, "val_check_interval": 4, "logger": logger}
+    # In test mode ε is the same at all steps, so that it would be logged once.
+    fit = trainer(tmp_path, privacy(), Logging(), **options)
+    fit.fit(Regression(), loader(), loader())
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["own"]]
+    assert len(rows) == 30
+    assert all(row["privacy/epsilon"] == "inf" for row in rows)
 
 
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])

@@ -364,6 +364,18 @@ def test_a_parameter_that_is_unfrozen_later(tmp_path: Path) -> None:
     assert fit.global_step == 10
 
 
+def test_a_layer_that_is_replaced_later(tmp_path: Path) -> None:
+    class Replacing(Regression):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                self.net[0] = torch.nn.Linear(3, 5)
+
+    fit = trainer(tmp_path, privacy(), max_epochs=1)
+    with pytest.raises(GuaranteeError, match=r"became trainable .* net\.0\.weight, net\.0\.bias"):
+        fit.fit(Replacing(), loader())
+    assert fit.global_step == 3
+
+
 def test_a_parameter_that_is_added_later(tmp_path: Path) -> None:
     class Growing(Regression):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -160,6 +160,65 @@ def test_small_tensors_are_compared_with_what_was_declared_left_out() -> None:
         guard.verify("after another tensor came")
 
 
+def test_a_module_in_the_place_of_another_is_found_and_watched_from_then_on() -> None:
+    module = Stateful()
+    guard = StateGuard(module)
+    guard.snapshot()
+    module.layer = nn.Linear(3, 2)
+    with pytest.raises(GuaranteeError, match=r": layer\.bias, layer\.weight\n"):
+        guard.verify("during a test")
+    guard.snapshot()
+    guard.verify("afterwards")
+    module.layer.register_buffer("queue", torch.zeros(2))
+    with pytest.raises(GuaranteeError, match=r": layer\.queue\n"):
+        guard.verify("during a test")
+
+
+@pytest.mark.parametrize("values", [True, False])
+def test_a_table_of_buffers_in_the_place_of_another_is_found(values: bool) -> None:
+    module = Stateful()
+    guard = StateGuard(module)
+    guard.snapshot(values=values)
+    module.inner._buffers = {"average": torch.zeros(3), "more": torch.zeros(1)}
+    with pytest.raises(GuaranteeError, match=r": inner\.average, inner\.more\n"):
+        guard.verify("during a test")
+    guard.snapshot()
+    with pytest.raises(GuaranteeError, match=r": inner\.more\n"):
+        module.inner._buffers["more"] += 1
+        guard.verify("during a test")
+
+
+def test_what_is_held_is_what_the_module_holds_now() -> None:
+    module = Stateful()
+    guard = StateGuard(module)
+
+    def same() -> bool:
+        places = [*map(id, guard.held())], [*map(id, guard.held(anew=True))]
+        tensors = [*module.parameters(), *module.buffers()]
+        return all(sorted(found) == sorted(map(id, tensors)) for found in places)
+
+    assert same()
+    module.count = None
+    module.inner.register_buffer("later", torch.zeros(1))
+    assert same()
+    module.inner.add_module("deeper", nn.Linear(2, 2))
+    assert same()
+    module.inner.deeper = None
+    assert same()
+    del module.layer
+    assert same()
+
+
+def test_one_look_serves_what_follows_it() -> None:
+    module = Stateful()
+    guard = StateGuard(module)
+    guard.snapshot()
+    guard.verify("at once", guard.held())
+    module.count += 1
+    with pytest.raises(GuaranteeError, match=": count\n"):
+        guard.verify("during a test", guard.held())
+
+
 def test_what_is_not_saved_is_watched_too() -> None:
     # A queue that later forwards read carries examples into the gradients of others.
     module = Stateful()

@@ -16,6 +16,7 @@ from lightning_privacy.sampling import MicroBatch
 from lightning_privacy.step import PrivateStep
 from lightning_privacy.strategies import PrivateRun
 from lightning_privacy.strategies.draw import RowMean, loss_in
+from lightning_privacy.strategies.refusals import refuse_strangers
 from lightning_privacy.types import NeighbouringRelation
 
 
@@ -109,3 +110,12 @@ def test_an_empty_draw_shows_its_loss_as_it_is() -> None:
     loss = torch.tensor(3.0)
     mean.add(loss, 0)
     assert mean.shown_by(loss) is loss
+
+
+def test_a_buffer_that_requires_a_gradient_is_no_stranger() -> None:
+    module = torch.nn.Linear(2, 1)
+    module.register_buffer("scale", torch.ones(1, requires_grad=True))
+    held = [*module.parameters(), *module.buffers()]
+    refuse_strangers(module, held, frozenset(map(id, module.parameters())))
+    with pytest.raises(GuaranteeError, match=r"became trainable .*: bias\n"):
+        refuse_strangers(module, held, frozenset({id(module.weight)}))
