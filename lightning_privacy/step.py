@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
 import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
+from lightning_privacy.accounting.precision import require_slack
 from lightning_privacy.clipping.capture import Capture
 from lightning_privacy.clipping.contributions import Dense
 from lightning_privacy.clipping.guards import LeakGuard
@@ -183,6 +184,7 @@ class PrivateStep:
                 remedy="call begin before the forward of each micro-batch",
             )
         found = capture.collect()
+        require_slack(capture.types(found), self._plan.precision_slack)
         if capture.revisit is not None and loss is not None:
             units = self._units()
             part = self._clip(found, units, capture.buffer, capture.revisit.norms(found))
@@ -368,7 +370,6 @@ class PrivateStep:
         self.abort()
         self._guard.remove()
 
-    # ------------------------------------------------------------------ before the first step
     def learn_layouts(self, forward: Callable[[int], object]) -> None:
         """Learn where rows lie, from ``forward(n)`` on a batch of ``n`` copies of one row."""
         self.layouts = learn_layouts(self.parameters, forward)
@@ -393,7 +394,6 @@ class PrivateStep:
                     must="an optimizer holds only parameters that the private step covers",
                     found=f"another trainable parameter, of shape {tuple(parameter.shape)}",
                     cost="its gradient would be neither clipped nor noised",
-                    remedy="make all trainable parameters attributes of the LightningModule before "
-                    "fit, and do not unfreeze during training",
+                    remedy="make it a parameter of the module before fit, and unfreeze none later",
                 )
         return chosen

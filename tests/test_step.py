@@ -219,7 +219,7 @@ def test_gradients_have_the_parameters_type_and_sums_at_least_float32(
     model: nn.Module, dtype: torch.dtype, expected: torch.dtype
 ) -> None:
     model.to(dtype)
-    step = step_of(model, noise_multiplier=1.0)
+    step = step_of(model, noise_multiplier=1.0, precision_slack=2e-2)
     run_micro_batch(step, model, squares, X.to(dtype))
     assert {g.dtype for g in step._sums.values()} == {torch.promote_types(dtype, torch.float32)}
     assert {g.dtype for g in released(step).values()} == {expected}

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from lightning_privacy.errors import UnsupportedOperationError
+from typing import TYPE_CHECKING
+
+from lightning_privacy.errors import GuaranteeError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _PRECISION_SLACK = {"64": 1e-9, "32": 1e-4, "bf16": 2e-2}
 
@@ -34,3 +39,25 @@ def precision_slack_for(precision: str) -> float:
             remedy="use precision='bf16-mixed' or '32-true'",
         )
     return _PRECISION_SLACK[name]
+
+
+def require_slack(types: Iterable[object], slack: float) -> None:
+    """Refuses gradients of a coarser type than the one that is accounted for.
+
+    Args:
+        types: In which types the gradients of units came, as torch names them.
+        slack: What is accounted.
+
+    Raises:
+        GuaranteeError: One of them may exceed the clip norm by more.
+        UnsupportedOperationError: No bound is known for one.
+    """
+    for kind in types:
+        if precision_slack_for(str(kind)) > slack:
+            raise GuaranteeError(
+                must="gradients are computed in the trainer's precision, or in a finer one",
+                found=f"gradients in {kind}, where {slack:.2g} is accounted for rounding",
+                cost="contributions above clip_norm by more than the noise covers",
+                remedy="pass Trainer(precision='bf16-mixed') or 'bf16-true' where the module is in "
+                "bfloat16 or calls torch.autocast itself",
+            )

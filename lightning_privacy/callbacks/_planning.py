@@ -125,11 +125,17 @@ def _fixed_fields(
         "clipping": settings.clipping,
         "delta": settings.delta,
         "accountant": settings.accountant,
-        "precision_slack": precision_slack_for(trainer.precision)
-        + (ROUNDING_SLACK if settings.secure_rounding else 0.0),
+        "precision_slack": _slack(trainer) + (ROUNDING_SLACK if settings.secure_rounding else 0.0),
         "releases_per_draw": releases,
         "deterministic": settings.test_seed is not None or settings.study is not None,
     }
+
+
+def _slack(trainer: Any) -> float:
+    """That of the trainer's precision, or of a module that trains in a coarser one by itself."""
+    parameters = trainer.lightning_module.parameters()
+    kinds = {str(p.dtype) for p in parameters if p.requires_grad and p.is_floating_point()}
+    return max(map(precision_slack_for, [trainer.precision, *sorted(kinds)]))
 
 
 def _first(settings: PrivacySettings, fixed: dict[str, Any], remaining: int | None) -> PrivacyPlan:

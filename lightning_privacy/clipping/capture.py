@@ -18,7 +18,14 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from lightning_privacy.clipping import generic, tagging
 from lightning_privacy.clipping.buffer import LARGEST, LARGEST_ON_CPU, RowBuffer
 from lightning_privacy.clipping.casts import Casts
-from lightning_privacy.clipping.contributions import Contribution, Dense, Lookup, Outer, combine
+from lightning_privacy.clipping.contributions import (
+    Contribution,
+    Dense,
+    Lookup,
+    Outer,
+    combine,
+    types_of,
+)
 from lightning_privacy.clipping.copies import RowCopies
 from lightning_privacy.clipping.layout import Layouts, RowDim, default_rows
 from lightning_privacy.clipping.registry import RULES, name_of
@@ -149,6 +156,13 @@ class Capture:
             self.buffer = self.buffer or copies.joined()
         found = {slot.name: slot.collect() for slot in self.slots.values()}
         return {name: items for name, items in found.items() if items}
+
+    def types(self, found: Mapping[str, list[Contribution]]) -> set[torch.dtype]:
+        """The types in which the rows' gradients came, those in `buffer` and `revisit` included."""
+        kinds = types_of(found)
+        if self.buffer is not None:
+            kinds.add(self.buffer.gradients.dtype)
+        return kinds if self.revisit is None else kinds | self.revisit.types
 
     # ------------------------------------------------------------------ dispatch
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

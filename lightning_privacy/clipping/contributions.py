@@ -176,6 +176,12 @@ def combine(contributions: list[Contribution], shape: Size) -> list[Contribution
     return [Dense(total)]
 
 
+def types_of(found: Mapping[str, Sequence[Contribution]]) -> set[torch.dtype]:
+    """The types in which contributions came."""
+    factors = {Dense: "gradients", Outer: "left", Lookup: "values"}
+    return {getattr(item, factors[type(item)]).dtype for items in found.values() for item in items}
+
+
 def instantiated(contributions: list[Contribution], shape: Size) -> Tensor:
     """``[U, *shape]``: the sum of the contributions to one parameter, in memory."""
     total = contributions[0].dense(shape)

@@ -60,6 +60,9 @@ class Revisit:
     Args:
         names: the parameters that may be left.
         slack: by how much, relatively, a unit's norm may exceed the clip norm: what is accounted.
+
+    Attributes:
+        types: in which types factors came that were left.
     """
 
     def __init__(self, names: frozenset[str], slack: float) -> None:
@@ -71,6 +74,7 @@ class Revisit:
         self._norms: dict[tuple[str, ...], Tensor] = {}
         self._first: dict[tuple[str, ...], Tensor] = {}
         self._take: Callable[[str, Outer], None] | None = None
+        self.types: set[torch.dtype] = set()
 
     # ------------------------------------------------------------------ forward
     def anchor(self, name: str, device: torch.device, size: int) -> Tensor | None:
@@ -123,6 +127,7 @@ class Revisit:
         if name in self._brought:
             raise _brought_twice(name)
         self._brought.add(name)
+        self.types.add(outer.left.dtype)
         # Layers that read the same input (queries, keys and values) share its Gram matrix.
         if self._pending and not _same(self._pending[-1][1].right, outer.right):
             self._settle()
