@@ -20,6 +20,7 @@ from lightning_privacy.clipping.refusals import (
     no_single_loss,
     rows_read_together,
 )
+from lightning_privacy.errors import PrivacyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -74,6 +75,8 @@ class LossProbe:
         candidates = secrets.SystemRandom().sample(range(size), min(size, _CANDIDATES * count))
         try:
             traits = [_traits(self._collated([row])) for row in candidates]
+        except PrivacyError:  # a row that cannot be read, in the words of the data
+            raise
         except Exception as error:
             raise needs_company(error) from error
         chosen = _most_different(candidates, traits, count)

@@ -89,17 +89,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"\nlightning-privacy stopped: {type(refusal).__name__}\n{refusal}", file=sys.stderr)
         return 2 if isinstance(refusal, ConfigurationError | UnsupportedOperationError) else 1
-    except ModuleNotFoundError as error:
-        library = (error.name or "").partition(".")[0]
-        if library not in _EXTRAS:
-            raise
-        extra = _EXTRAS[library]
-        print(
-            f"\nlightning-privacy stopped: {library} is not installed. It comes with the extra "
-            f'`{extra}`: in a clone of the repository, `pip install ".[{extra}]"`.',
-            file=sys.stderr,
-        )
+    except Exception as error:  # noqa: BLE001 - raised again unless it is explained
+        return _explained(error)
+
+
+def _explained(error: Exception) -> int:
+    """Say in a line what Lightning refuses, or which extra is missing; raise any other error."""
+    # By name: this file imports no Lightning.
+    if type(error).__name__ == "MisconfigurationException":
+        print(f"\nlightning-privacy stopped: MisconfigurationException\n{error}", file=sys.stderr)
         return 2
+    if isinstance(error, ModuleNotFoundError):
+        library = (error.name or "").partition(".")[0]
+        if library in _EXTRAS:
+            extra = _EXTRAS[library]
+            print(
+                f"\nlightning-privacy stopped: {library} is not installed. It comes with the extra "
+                f'`{extra}`: in a clone of the repository, `pip install ".[{extra}]"`.',
+                file=sys.stderr,
+            )
+            return 2
+    raise error
 
 
 def _refusal_behind(error: BaseException | None) -> PrivacyError | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,9 +15,10 @@ from lightning_privacy.cli.training import read_config, without_noise_of_others
 from lightning_privacy.cli.variants import Variant, ablated, compared
 from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.reports.outcomes import COLUMNS, Outcome, markdown, rows_of, write_csv
+from lightning_privacy.types import real_number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 Command = Literal["compare", "ablate"]
 
@@ -62,11 +64,13 @@ def run_table(command: Command, words: Sequence[str]) -> None:
         words: The options behind the command.
 
     Raises:
-        ConfigurationError: The recipe has no multimodal model.
+        ConfigurationError: The recipe has no multimodal model or its own `study`, seeds or budgets
+            make no table, or the output folder cannot be made.
     """
     options, recipe, variants = planned(command, words)
     folder = Path(options.output)
-    outcomes = _trained(variants, options.seeds, folder, recipe)
+    with _explained_interruption(folder):
+        outcomes = _trained(variants, options.seeds, _made(folder), recipe)
     _save(command, outcomes, folder)
     print_table(_TITLES[command], [name for name, _ in COLUMNS], rows_of(outcomes))
     print(_REMARKS)
@@ -86,7 +90,8 @@ def planned(
         Its own options, those of `fit`, and the models to train with each seed.
 
     Raises:
-        ConfigurationError: The recipe has no multimodal model.
+        ConfigurationError: The recipe has no multimodal model or its own `study`, or seeds or
+            budgets make no table.
     """
     options, recipe = _parser(command).parse_known_args(words)
     return options, recipe, _variants(command, options, recipe)
@@ -125,7 +130,15 @@ def _parser(command: Command) -> argparse.ArgumentParser:
 
 
 def _variants(command: Command, options: argparse.Namespace, recipe: list[str]) -> list[Variant]:
+    if not any(word.startswith(("--config", "-c", "--model")) for word in recipe):
+        raise ConfigurationError(
+            must=f"`{command}` starts from a recipe",
+            found="no --config",
+            cost="there is no model to train",
+            remedy="add --config recipes/multimodal/quick.yaml, or a recipe of your own",
+        )
     config = read_config(recipe)
+    _require_valid(command, options, config)
     model = config.get("model.init_args")
     if model is None or "modalities" not in model:
         raise ConfigurationError(
@@ -141,12 +154,59 @@ def _variants(command: Command, options: argparse.Namespace, recipe: list[str]) 
     return compared(model.modalities, epsilons, *baseline)
 
 
+def _require_valid(command: Command, options: argparse.Namespace, config: Any) -> None:
+    # Now, and not when the first of these models comes up, hours later.
+    for epsilon in options.epsilons or ():
+        real_number(
+            "epsilons", epsilon, "(0, inf)", cost="models of no budget", remedy="for example 8"
+        )
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ConfigurationError(
+            must="a table has each seed once",
+            found=f"--seeds {' '.join(map(str, options.seeds))}",
+            cost="one model would count twice, and the deviation over seeds be too small",
+            remedy="give different seeds",
+        )
+    if config.get("study") is not None:
+        raise ConfigurationError(
+            must=f"`{command}` starts from a recipe without a group `study`",
+            found="a recipe that leaves a mechanism out by itself",
+            cost="the private model's row would show one that is not private",
+            remedy=f"drop `study` and its overlay: `{command}` leaves out what it has to",
+        )
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            must="`--output` is a folder, or can be made one",
+            found=f"'{folder}': {error.strerror}",
+            cost="no finished model could be kept",
+            remedy="give another folder",
+        ) from error
+    return folder
+
+
+@contextmanager
+def _explained_interruption(folder: Path) -> Iterator[None]:
+    # Lightning makes an exit of Ctrl-C while a model trains.
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print(
+            f"\nStopped. What is finished stays in {folder}; the same command again goes on there.",
+            file=sys.stderr,
+        )
+        raise
+
+
 def _trained(
     variants: Sequence[Variant], seeds: Sequence[int], folder: Path, recipe: list[str]
 ) -> list[Outcome]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    folder.mkdir(parents=True, exist_ok=True)
     waiting = [(seed, variant) for seed in seeds for variant in variants]
     found: dict[tuple[int, int], Outcome] = {}
     with ExitStack() as stack:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lightning_privacy.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -25,9 +26,13 @@ def adapted(base: Any, values: Mapping[str, Any]) -> Any:
 
     Returns:
         The model of peft around the same base.
+
+    Raises:
+        ConfigurationError: If no layer of the base has one of the names in `target_modules`.
     """
     from peft import LoraConfig, get_peft_model
 
+    _require_layers(base, values["target_modules"])
     settings = LoraConfig(
         r=values["rank"],
         lora_alpha=values["alpha"],
@@ -39,6 +44,28 @@ def adapted(base: Any, values: Mapping[str, Any]) -> Any:
     )
     with _without_deprecations():
         return get_peft_model(base, settings)
+
+
+def _require_layers(base: Any, targets: Sequence[str] | None) -> None:
+    # As peft reads the names: of a module, or the end of one.
+    modules = dict(base.named_modules())
+    wrong = [
+        target
+        for target in targets or ()
+        if not any(name == target or name.endswith(f".{target}") for name in modules)
+    ]
+    if not wrong:
+        return
+    blocks = {name: part for name, part in modules.items() if "layers." in name}
+    linear = sorted(
+        {name.rpartition(".")[2] for name, part in blocks.items() if isinstance(part, nn.Linear)}
+    )
+    raise ConfigurationError(
+        must="`target_modules` names layers of the model.",
+        found=f"It has none of the name {', '.join(wrong)}.",
+        cost="Fewer adapters than asked for would be trained.",
+        remedy=f"Choose among {', '.join(linear)}, or null for all linear layers of the blocks.",
+    )
 
 
 def merged(base: Any, folder: str) -> Any:

@@ -110,6 +110,9 @@ def load_base(
 
     Returns:
         The model of transformers.
+
+    Raises:
+        ConfigurationError: If its weights cannot be found or read.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -119,8 +122,16 @@ def load_base(
     kind: Any = AutoModelForCausalLM
     if task == "classification":
         kind, settings["num_labels"] = AutoModelForSequenceClassification, num_labels
-    with _quiet():
-        return _as_quantised(kind.from_pretrained(checkpoint, **settings))
+    try:
+        with _quiet():
+            return _as_quantised(kind.from_pretrained(checkpoint, **settings))
+    except OSError as error:  # which the libraries raise for files, folders and the hub alike
+        raise ConfigurationError(
+            must="The weights of the checkpoint can be read.",
+            found=f"'{checkpoint}': {error}",
+            cost="There is nothing to start from.",
+            remedy="Give a folder that `save_pretrained` wrote in full, or fetch what is missing.",
+        ) from error
 
 
 def made_up_base(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning import LightningModule
@@ -40,6 +40,8 @@ class TextModule(LightningModule):
     """
 
     task: str = "causal_lm"
+    # Under which option of `model` a limit is set, where it is not its own name.
+    _options: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -162,7 +164,8 @@ class TextModule(LightningModule):
                     must=f"The model's `{name}` is at least the data's.",
                     found=f"The model has {own}, the data {needed}.",
                     cost="The model could not read or name some of the rows.",
-                    remedy=f"Set `model.{name}` to {needed}" + _OF_A_CHECKPOINT.get(name, "."),
+                    remedy=f"Set `model.{self._options.get(name, name)}` to {needed}"
+                    + _OF_A_CHECKPOINT.get(name, "."),
                 )
 
     def _evaluate(self, name: str, batch: Mapping[str, Tensor]) -> None:

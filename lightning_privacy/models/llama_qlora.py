@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from lightning_privacy.errors import ConfigurationError
+from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
 from lightning_privacy.hub import read_config, read_tokenizer
 from lightning_privacy.models._adapters import adapted, continued, merged
 from lightning_privacy.models._loading import (
@@ -292,8 +292,16 @@ class LlamaQLoRA(TrainedOnly, TextModule):
             What was added to each, without the prompt.
 
         Raises:
+            UnsupportedOperationError: If it is a classification, which has no head for tokens.
             ConfigurationError: If the base was made up and has no tokeniser.
         """
+        if self.task != "causal_lm":
+            raise UnsupportedOperationError(
+                must="A model that continues texts has the task 'causal_lm'.",
+                found=f"Its task is '{self.task}'.",
+                cost="A head for classes names no token.",
+                remedy="Call the module, or `predict`, for the scores of the classes.",
+            )
         tokenizer = read_tokenizer(self._checkpoint("with a tokeniser"))
         training, network = self.training, self._loaded()
         self.eval()

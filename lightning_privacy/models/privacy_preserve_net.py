@@ -10,7 +10,7 @@ Legend: ``B`` examples, ``T`` tokens of text, ``P`` tokens of the other modaliti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,8 @@ class PrivacyPreserveNet(TrainedOnly, TextModule):
         ConfigurationError: If an argument is out of its range; for a large decoder in
             `configure_model`: if there is no GPU, or too little memory.
     """
+
+    _options: ClassVar[dict[str, str]] = {"max_length": "decoder.max_length"}
 
     def __init__(  # noqa: PLR0913 - these are the keys of a recipe
         self,

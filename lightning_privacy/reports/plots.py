@@ -75,7 +75,9 @@ def plot_components(logs: Sequence[Path], components: Path, indicators: Path) ->
         for axis, name in zip(axes, found, strict=True):
             for run, columns in series.items():
                 if name in columns:
-                    axis.plot(*zip(*columns[name], strict=True), label=_budget(run),
+                    # A line of one point would not be seen.
+                    marker = "." if len(columns[name]) == 1 else None
+                    axis.plot(*zip(*columns[name], strict=True), label=_budget(run), marker=marker,
                               color=_colour(run), linewidth=0.8, alpha=0.7)  # fmt: skip
             axis.set_title(wanted[name], fontsize=9)
             axis.set_xlabel("epoch")

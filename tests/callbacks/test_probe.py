@@ -12,11 +12,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchmetrics import MeanSquaredError
 
 from lightning_privacy.callbacks._probe import LossProbe, _quiet
 from lightning_privacy.distributed import World
+from lightning_privacy.errors import ConfigurationError
 from tests.callbacks.training import (
     LIGHTNING_NOISE,
     ROWS,
@@ -166,3 +167,17 @@ def test_the_validation_sanity_check_is_left_alone(tmp_path: Path) -> None:
     fit.fit(Regression(), loader(), loader())
     assert sanity.seen == 2
     assert callback.steps == 10
+
+
+def test_a_row_that_cannot_be_read_is_refused_in_its_own_words(tmp_path: Path) -> None:
+    broken = ConfigurationError(must="files", found="3.wav", cost="none", remedy="mend the file")
+
+    def collated(rows: list[Any]) -> Any:
+        if len(rows) == 1:  # as the check reads them
+            raise broken
+        return default_collate(rows)
+
+    unreadable = DataLoader(data(), batch_size=4, collate_fn=collated)
+    with pytest.raises(ConfigurationError) as caught:
+        trainer(tmp_path, privacy()).fit(Regression(), unreadable)
+    assert caught.value is broken

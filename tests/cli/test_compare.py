@@ -97,6 +97,44 @@ def test_another_model_is_refused(capsys):
     assert "CausalLanguageModel" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "0", "1", "0"], "each seed once"),
+        (["--epsilons", "8", "0"], "`epsilons`"),
+        (["--epsilons", "-1"], "`epsilons`"),
+        (["--study.without=[noise]", "--study.not_private=true"], "without a group `study`"),
+        (["--output", __file__], "`--output`"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compare", "ablate"])
+def test_what_makes_no_table_is_refused_before_anything_is_trained(
+    command, words, said, tmp_path, monkeypatch, capsys
+):
+    def train(*_, **__):
+        raise AssertionError("trained")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_privacy.cli.compare.outcome_of", train)
+    assert main([command, *QUICK, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_table_needs_a_recipe(capsys):
+    assert main(["compare", "--seeds", "0"]) == 2
+    assert "--config recipes/multimodal/quick.yaml" in capsys.readouterr().err
+
+
+def test_an_interrupted_table_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise SystemExit(1)  # what Lightning makes of Ctrl-C
+
+    monkeypatch.setattr("lightning_privacy.cli.compare.outcome_of", interrupted)
+    with pytest.raises(SystemExit):
+        main(["compare", *QUICK, "--output", str(tmp_path / "out")])
+    assert "the same command again" in capsys.readouterr().err
+
+
 def test_a_model_that_another_process_trains_is_left_to_it(tmp_path):
     full = ablated([8.0])[0]
     with FileLock(tmp_path / "full-eps8-seed0.lock"):

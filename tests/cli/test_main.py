@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +59,14 @@ def test_another_missing_module_is_an_error_as_it_was(monkeypatch):
     monkeypatch.setattr("lightning_privacy.cli._run", absent)
     with pytest.raises(ModuleNotFoundError, match="mine"):
         main(["fit"])
+
+
+def test_what_the_trainer_refuses_has_no_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    words = ["fit", "--config", recipe, "--seed_everything=false", "--trainer.accelerator=cuda"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "lightning-privacy stopped: MisconfigurationException" in said
+    assert "Traceback" not in said

@@ -26,6 +26,13 @@ def manifest(folder, rows):
     return str(path)
 
 
+@pytest.mark.parametrize(("name", "found"), [("no.jsonl", "There is no '"), ("empty", "none of")])
+def test_a_place_that_holds_nothing_is_told_from_one_that_is_not_there(name, found, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigurationError, match=found):
+        MultimodalFiles(str(tmp_path / name), labels=["a", "b"]).setup()
+
+
 def test_a_manifest_names_files_and_leaves_out_what_there_is_not(tmp_path):
     files(tmp_path, "a")
     rows = [{"text": f"t{i}", "label": "no", "image": "a.png", "user": f"u{i}"} for i in range(9)]

@@ -339,6 +339,12 @@ def test_a_made_up_base_has_nothing_to_merge_into_and_no_tokeniser(use):
         getattr(built(**EXACT), use)(*([["a"]] if use == "generate" else []))
 
 
+def test_a_classification_continues_no_text(checkpoint):
+    module = built(checkpoint=checkpoint, config=None, task="classification", **EXACT)
+    with pytest.raises(UnsupportedOperationError, match="'causal_lm'"):
+        module.generate(["or"])
+
+
 # ---------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("settings", "named"),
@@ -363,6 +369,20 @@ def test_a_wrong_path_is_refused_before_loading(tmp_path):
     for path, found in ((tmp_path / "no", "no folder"), (tmp_path, "no 'config.json'")):
         with pytest.raises(ConfigurationError, match=found):
             LlamaQLoRA(checkpoint=str(path)).configure_model()
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match="no file named model.safetensors"):
+        LlamaQLoRA(checkpoint=str(tmp_path), **EXACT).configure_model()
+
+
+def test_adapters_on_layers_that_are_not_there_are_refused_with_those_that_are():
+    with pytest.raises(ConfigurationError, match="`target_modules`.*") as caught:
+        built(target_modules=["q_proyekt"], **EXACT)
+    assert "q_proyekt" in caught.value.found
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj" in caught.value.remedy
 
 
 def test_another_architecture_is_refused(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -260,3 +262,10 @@ def test_it_trains_privately_with_every_check(modalities, settings):
     trainer_of(privacy, max_steps=2).fit(model, datamodule=data)
     assert 0 < privacy.epsilon() < 20
     assert all((p != before[name]).any() for name, p in model.named_parameters())
+
+
+def test_longer_texts_than_the_model_reads_are_refused_with_the_option_that_helps():
+    model = PrivacyPreserveNet(decoder=SmallDecoder(num_layers=1, max_length=16))
+    model._trainer = SimpleNamespace(datamodule=SimpleNamespace(max_length=1000))
+    with pytest.raises(ConfigurationError, match=r"`model.decoder.max_length` to 1000"):
+        model.setup("fit")
