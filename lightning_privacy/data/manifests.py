@@ -287,7 +287,8 @@ def _sound(held: Any, folder: Path) -> Sound | str | None:
 def _nothing_there(path: Path) -> ConfigurationError:
     return ConfigurationError(
         must="`path` is a manifest, a folder by class, or a data set that was saved to disk.",
-        found=f"'{path}' holds none of these." if path.exists() else f"There is no '{path}'.",
+        found=f"'{path}' holds none of these"
+        + ("." if path.exists() else ": there is no such file or folder."),
         cost="There is nothing to train on.",
         remedy="Give a file ending in .jsonl, or a folder with a folder for each class; relative "
         "paths start in the working directory.",

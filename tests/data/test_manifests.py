@@ -26,7 +26,7 @@ def manifest(folder, rows):
     return str(path)
 
 
-@pytest.mark.parametrize(("name", "found"), [("no.jsonl", "There is no '"), ("empty", "none of")])
+@pytest.mark.parametrize(("name", "found"), [("no.jsonl", "no such file"), ("empty", "none of")])
 def test_a_place_that_holds_nothing_is_told_from_one_that_is_not_there(name, found, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match=found):
