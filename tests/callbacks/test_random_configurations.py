@@ -37,9 +37,7 @@ QUIET = settings(
 def planned(case: Configuration) -> PrivacyPlan | None:
     """The plan, or None where it is refused; no other error is allowed."""
     options = {"max_epochs": None, "max_steps": -1, "limit_train_batches": 1.0, **case.trainer}
-    module: Any = SimpleNamespace(
-        automatic_optimization=not case.module["manual"], parameters=list
-    )
+    module: Any = SimpleNamespace(automatic_optimization=not case.module["manual"], parameters=list)
     trainer = SimpleNamespace(
         global_step=0,
         lightning_module=module,
