@@ -177,7 +177,7 @@ def _planned_trainer(settings: dict[str, Any]) -> SimpleNamespace:
         min_epochs=settings.get("min_epochs"),
         min_steps=settings.get("min_steps"),
         optimizers=[],
-        lightning_module=SimpleNamespace(automatic_optimization=True),
+        lightning_module=SimpleNamespace(automatic_optimization=True, parameters=list),
     )
 
 

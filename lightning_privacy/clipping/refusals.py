@@ -45,8 +45,8 @@ def dependence(
         )
         remedy = (
             "average each example's own loss first and then the examples (transformers' `.loss` is "
-            "a mean over all tokens of the batch); or pass what the loss is over the examples, "
-            'loss_reduction="sum" or "mean"'
+            "a mean over all tokens of the batch); or declare loss_reduction as what the loss is "
+            'over the examples, "sum" or "mean"'
         )
     else:
         batch_norms = [

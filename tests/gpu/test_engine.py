@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_privacy.accounting.precision import precision_slack_for
 from lightning_privacy.clipping import clipped_gradient_sum, per_example_gradients
 from lightning_privacy.noise import GaussianNoise, fresh_secret, secret_from_seed
 
@@ -242,6 +243,7 @@ def private_sum(model: nn.Module, x: Tensor, weights: tuple[float, ...]) -> dict
         steps=9,
         expected_batch_size=1,
         clip_norm=1.0,
+        precision_slack=precision_slack_for("bf16"),
     )
     named = dict(model.named_parameters())
     step = PrivateStep(parameters=named, plan=plan, noise=NoNoise())
