@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
-    from lightning_privacy.callbacks._planning import EpsilonSoFar
+    from lightning_privacy.callbacks._epsilon import EpsilonSoFar
     from lightning_privacy.callbacks._tally import Tally
 
 _EACH_STEP: Final[dict[str, Any]] = {"on_step": True, "on_epoch": False, "batch_size": 1}

@@ -13,9 +13,9 @@ from lightning_privacy.callbacks import _planning, _ranks, _validation
 from lightning_privacy.callbacks._begin import checked_parameters, make_step
 from lightning_privacy.callbacks._bookings import Bookings
 from lightning_privacy.callbacks._canary_rows import with_canaries
+from lightning_privacy.callbacks._epsilon import EpsilonSoFar, epsilon_of, planned_epsilon
 from lightning_privacy.callbacks._home import Home
 from lightning_privacy.callbacks._logging import log_early_end, log_step
-from lightning_privacy.callbacks._planning import EpsilonSoFar, epsilon_of
 from lightning_privacy.callbacks._population import population_of
 from lightning_privacy.callbacks._seal import Seal
 from lightning_privacy.callbacks._settings import PrivacySettings
@@ -281,9 +281,10 @@ class DifferentialPrivacy(Callback):
             rank_zero_info(f"DifferentialPrivacy: {sampling.note}.")
         plan = _planning.make_plan(self.settings, state, trainer, sampling)
         _ranks.require_one_plan(self._world, plan, len(dataloader.dataset))
-        to_come = plan.release(plan.steps - state.ledger.count)
-        self._state.planned_epsilon = epsilon_of([*state.ledger.releases, to_come], plan)
-        self._so_far = EpsilonSoFar(plan, state.planned_epsilon, state.ledger.releases)
+        charged, study = state.ledger.releases, self.settings.study
+        budget = None if study is not None else self.settings.epsilon
+        state.planned_epsilon = planned_epsilon(charged, plan, budget)
+        self._so_far = EpsilonSoFar(plan, state.planned_epsilon, charged)
         return PrivateLoader(
             dataloader,
             _ranks.sharded(population.sampler(plan, self._secret), self._world),

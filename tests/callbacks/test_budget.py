@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_privacy import BudgetExceededError, GuaranteeError, accounting
-from lightning_privacy.callbacks import _planning
-from lightning_privacy.callbacks._planning import EpsilonSoFar
+from lightning_privacy.callbacks import _epsilon
+from lightning_privacy.callbacks._epsilon import EpsilonSoFar
 from lightning_privacy.plan import PrivacyPlan
 from lightning_privacy.types import NeighbouringRelation
 from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
@@ -107,7 +108,7 @@ def test_epsilon_so_far_is_never_too_small_and_never_above_the_plan() -> None:
 
 def test_epsilon_so_far_is_computed_before_the_second_step(monkeypatch: Any) -> None:
     whole, asked = plan(steps=400), []
-    monkeypatch.setattr(_planning, "epsilon", lambda *a: asked.append(a) or accounting.epsilon(*a))
+    monkeypatch.setattr(_epsilon, "epsilon", lambda *a: asked.append(a) or accounting.epsilon(*a))
     so_far = EpsilonSoFar(whole, whole.epsilon())
     so_far.at(1)
     assert 1 < len(asked) < 20
@@ -205,3 +206,16 @@ def test_a_budget_for_no_step_at_all_says_what_to_change(tmp_path: Path) -> None
     small = privacy(epsilon=0.1, noise_multiplier=0.3, test_seed=None)
     with pytest.raises(BudgetExceededError, match="raise noise_multiplier or epsilon"):
         trainer(tmp_path, small).fit(Regression(), loader())
+
+
+@pytest.mark.filterwarnings("ignore:The budget allows")
+def test_the_budget_counts_what_another_run_of_the_callback_has_released(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epsilon": 3.0, "test_seed": None, "journal": False}
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
+    trainer(tmp_path, privacy(**settings), saving, max_epochs=20).fit(Regression(), loader())
+    callback = privacy(**settings)
+    trainer(tmp_path, callback).fit(Regression(), loader())
+    second = trainer(tmp_path, callback, max_epochs=20)
+    with pytest.raises(BudgetExceededError, match="with another noise that it has charged"):
+        second.fit(Regression(), loader(), ckpt_path=str(tmp_path / "step=7.ckpt"))
+    assert callback._state.ledger.count == 17  # nothing more was released
