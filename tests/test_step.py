@@ -187,6 +187,13 @@ def test_noise_is_of_the_rule_s_sensitivity_and_added_once(kind: str) -> None:
     assert abs(float(noise.mean())) < 4 * sigma * clip_norm / public / math.sqrt(noise.numel())
 
 
+def test_per_layer_clipping_of_one_small_parameter() -> None:
+    # One group, so that its rows' gradients may lie in the buffer.
+    model = nn.Linear(4, 3, bias=False)
+    alone = total(model, X, clipping="per_layer")
+    assert difference(alone, total(model, X)) == 0.0
+
+
 @pytest.mark.parametrize(("most", "count"), [(20, 3), (40, 3), (1000, 2)])
 def test_large_parameters_share_a_draw_where_launches_are_dear(
     model: nn.Module, most: int, count: int, monkeypatch: pytest.MonkeyPatch

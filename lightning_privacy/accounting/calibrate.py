@@ -283,6 +283,8 @@ def _first_guess(epsilon: float, delta: float, whole: GaussianRelease) -> float:
     def excess(log_mu: float) -> float:
         mu = math.exp(log_mu)
         left = log_ndtr(mu / 2 - epsilon / mu)
+        if math.isinf(left):  # of any ε so large δ is zero
+            return -math.inf
         right = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
         reached = left + math.log(-math.expm1(min(right - left, -1e-300)))
         return float(reached - math.log(delta))

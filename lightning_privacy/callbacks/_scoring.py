@@ -13,6 +13,7 @@ from lightning_privacy.callbacks._probe import _quiet, attributes_kept
 from lightning_privacy.clipping.randomness import preserved_state
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
 from lightning_privacy.strategies.draw import loss_in
+from lightning_privacy.strategies.sharding import Root
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,6 +98,11 @@ class ExampleLosses:
         return None
 
     def _of(self, module: Any, batch: Any) -> Tensor | None:
+        # Parts that are sharded are gathered for a step that their root knows of.
+        root = Root.of(module)
+        return self._step(module, batch) if root is None else root.around(self._step, module, batch)
+
+    def _step(self, module: Any, batch: Any) -> Tensor | None:
         if self._losses is not None:
             return self._losses(module, batch)
         arguments = (0,) if is_param_in_hook_signature(module.training_step, "batch_idx") else ()

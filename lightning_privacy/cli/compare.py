@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_privacy.cli.comparison import without_announcements
-from lightning_privacy.cli.experiment import outcome_of
+from lightning_privacy.cli.experiment import outcome_of, place_of
 from lightning_privacy.cli.tables import print_table
 from lightning_privacy.cli.training import read_config, without_noise_of_others
 from lightning_privacy.cli.variants import Variant, ablated, compared
@@ -71,7 +71,8 @@ def run_table(command: Command, words: Sequence[str]) -> None:
     folder = Path(options.output)
     with _explained_interruption(folder):
         outcomes = _trained(variants, options.seeds, _made(folder), recipe)
-    _save(command, outcomes, folder)
+    places = [place_of(folder, v, seed) for v in variants for seed in options.seeds if v.private]
+    _save(command, outcomes, folder, [place / "log" / "metrics.csv" for place in places])
     print_table(_TITLES[command], [name for name, _ in COLUMNS], rows_of(outcomes))
     print(_REMARKS)
     print(f"Saved in {folder}: {command}.md, {command}.csv and figures.")
@@ -232,14 +233,14 @@ def _trained(
     return [found[place, seed] for place in range(len(variants)) for seed in seeds]
 
 
-def _save(command: Command, outcomes: list[Outcome], folder: Path) -> None:
+def _save(command: Command, outcomes: list[Outcome], folder: Path, logs: list[Path]) -> None:
     from lightning_privacy.reports.plots import plot_components, plot_outcomes
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{command}.md").write_text(markdown(outcomes) + "\n" + _REMARKS)
     write_csv(outcomes, folder / f"{command}.csv")
     plot_outcomes(outcomes, folder / f"{command}.svg")
-    logs = sorted(folder.glob("*/log/metrics.csv"))
-    private = [path for path in logs if path.parts[-3].startswith(("privacypreservenet", "full"))]
-    if private:
-        plot_components(private, folder / "components.svg", folder / "indicators.svg")
+    # Of the whole private model; logs of other tables may lie in the same folder.
+    whole = [path for path in logs if path.parts[-3].startswith(("privacypreservenet", "full"))]
+    if shown := [path for path in whole if path.exists()]:
+        plot_components(shown, folder / "components.svg", folder / "indicators.svg")

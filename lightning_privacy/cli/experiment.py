@@ -54,7 +54,7 @@ def outcome_of(
     Returns:
         What the model reached; None if another process trains it and is not to be waited for.
     """
-    place = _place(folder, variant, seed)
+    place = place_of(folder, variant, seed)
     lock = FileLock(place.with_name(f"{place.name}.lock"), blocking=wait)
     try:
         with lock:
@@ -86,7 +86,7 @@ class VariantFit(PrivacyCLI):
         progress: Callable[[int, int], None],
     ) -> None:
         self._variant, self._seed, self._progress = variant, seed, progress
-        self._folder = _place(folder, variant, seed)
+        self._folder = place_of(folder, variant, seed)
         self._started = time.monotonic()
         self.outcome: Outcome | None = None
         super().__init__(["fit", *words])
@@ -214,7 +214,17 @@ def _quiet(folder: Path) -> Namespace:
     )
 
 
-def _place(folder: Path, variant: Variant, seed: int) -> Path:
+def place_of(folder: Path, variant: Variant, seed: int) -> Path:
+    """Where the logs and the outcome of a model are.
+
+    Args:
+        folder: Of the table.
+        variant: What is changed.
+        seed: Of the model.
+
+    Returns:
+        A folder, which may not be there yet.
+    """
     return folder / f"{_slug(variant)}-seed{seed}"
 
 

@@ -218,7 +218,7 @@ def _group_norms(
     """``[K, U]`` squared norms by group."""
     by_group: list[dict[str, list[Contribution]]] = [{} for _ in range(rule.groups)]
     for name, items in gathered.items():
-        by_group[rule.group_of(name)][name] = items
+        by_group[_group_of(name, rule)][name] = items
     norms = [[torch.zeros_like(scale), *squared_norms(members)] for members in by_group]
     norms[0] += further
     dtype = reduce(torch.promote_types, (norm.dtype for group in norms for norm in group))
@@ -245,7 +245,7 @@ def _sum_up(
 
     def total(name: str, items: list[Contribution]) -> Tensor:
         shape = parameters[name].shape if name else torch.Size([-1])
-        return _weighted(items, weights[rule.group_of(name)], shape)
+        return _weighted(items, weights[_group_of(name, rule)], shape)
 
     ahead: dict[str, Tensor] | None = None
     excluded = None
@@ -261,6 +261,10 @@ def _sum_up(
         known = ahead.pop(name, None) if ahead else None
         keep(name, total(name, items) if known is None else known)
     return ~taken if ahead is None else excluded
+
+
+def _group_of(name: str, rule: ClippingRule) -> int:
+    return rule.group_of(name) if name != _BUFFER else 0
 
 
 def _skips_zeros(item: Contribution) -> bool:

@@ -63,6 +63,7 @@ def test_every_accountant_is_calibrated_for_itself(accountant):
         (8.0, 1e-5, 0.01, 1),
         (1.0, 1e-9, 1e-4, 100_000),
         (0.5, 0.1, 0.2, 5),
+        (1e300, 1e-3, 0.01, 1),
     ],
 )
 def test_unusual_budgets_end_on_the_safe_side(target, delta, q, steps):

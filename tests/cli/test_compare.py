@@ -18,6 +18,7 @@ from lightning_privacy.cli.compare import planned
 from lightning_privacy.cli.experiment import outcome_of
 from lightning_privacy.cli.training import read_config
 from lightning_privacy.cli.variants import ablated
+from lightning_privacy.reports import plots
 
 pytest.importorskip("transformers")
 pytest.importorskip("librosa")
@@ -186,7 +187,16 @@ def test_ablate_makes_a_table_and_keeps_what_is_finished(tmp_path, monkeypatch, 
         assert (out / f"{name}.svg").is_file()
     assert "attention_noise/perturbation" in next(out.glob("full*/log/metrics.csv")).read_text()
     before = {path: path.read_text() for path in out.glob("*/outcome.json")}
-    assert main(words) == 0
+    # What a table of other settings has left there is not drawn.
+    log = next(out.glob("full*/log/metrics.csv"))
+    other = out / "full-eps99-seed7" / "log" / "metrics.csv"
+    other.parent.mkdir(parents=True)
+    other.write_text(log.read_text())
+    drawn: list[Path] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(plots, "plot_components", lambda logs, *_: drawn.extend(logs))
+        assert main(words) == 0
+    assert {path.resolve() for path in drawn} == {log.resolve()}
     assert "STUDY MODE" not in capsys.readouterr().out
     # Another recipe is another model: only what was trained under the same one is kept.
     stale = next(out.glob("without-clipping*/outcome.json"))

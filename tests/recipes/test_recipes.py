@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from PIL import Image
 from transformers import AutoTokenizer
 
 from lightning_privacy.cli import main
@@ -144,13 +145,15 @@ def archive(folder: Path) -> Path:
 
 
 def manifest(folder: Path) -> Path:
-    """Sentences with sounds, of which every third has none."""
+    """Sentences with pictures and sounds, of which every third has none."""
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(folder / "picture.png")
     soundfile.write(folder / "tone.wav", np.sin(np.arange(4000) / 5), 16000)
     rows = [
         {
             "text": f"text {i}.",
             "label": ["calm", "loud"][i % 2],
             "audio": "tone.wav" if i % 3 else "",
+            "image": "picture.png" if i % 4 else "",
         }
         for i in range(60)
     ]
