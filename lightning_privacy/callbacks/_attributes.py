@@ -42,7 +42,8 @@ class Attributes:
 
     def __init__(self, module: nn.Module, independent: Sequence[str] = ()) -> None:
         self._module, self._independent = module, frozenset(independent)
-        self._before = {name: self._copied(value) for name, _, _, value in self._walk()}
+        own = self._own()
+        self._before = {name: _copied(value, own) for name, _, _, value in self._walk()}
 
     def changed(self) -> dict[str, bool]:
         """Names of what is not as it was, and whether it holds tensors (or single numbers)."""
@@ -60,8 +61,9 @@ class Attributes:
             names: Whose.
         """
         places = [(held, key, value) for name, held, key, value in self._walk() if name in names]
+        own = self._own()
         old = [
-            self._copied(self._before[name]) if name in self._before else _ABSENT
+            _copied(self._before[name], own) if name in self._before else _ABSENT
             for name, *_ in self._walk()
             if name in names
         ]
@@ -76,9 +78,8 @@ class Attributes:
             for held, key, value in places:
                 held[key] = value
 
-    def _copied(self, value: Any) -> Any:
-        own = {id(parameter) for parameter in self._module.parameters()}
-        return _copied(value, own)
+    def _own(self) -> set[int]:
+        return {id(parameter) for parameter in self._module.parameters()}
 
     def _walk(self) -> list[tuple[str, dict[str, Any], str, Any]]:
         """Name, where it is held, under which key, and its value."""

@@ -55,7 +55,9 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
             try:
                 fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
             except RuntimeError as error:
-                raise _bytes_refused(error) if packed else error from None
+                if packed and "floating point" in str(error):
+                    raise _bytes_refused(error) from error
+                raise
 
 
 class Root(nn.Module):

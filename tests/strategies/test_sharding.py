@@ -29,3 +29,15 @@ def test_a_torch_that_cannot_shard_bytes(monkeypatch: pytest.MonkeyPatch, packed
     with pytest.raises(kind, match=NO_BYTES) as raised:
         sharding.shard(module, SimpleNamespace(device_type="cpu"))
     assert packed == ("torch 2.13 or later" in str(raised.value))
+
+
+def test_another_error_keeps_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sharding, "fully_shard", refuse)
+    monkeypatch.setattr(sharding, "pack_quantised", lambda *_: set(module.parameters()))
+    with pytest.raises(RuntimeError, match="^out of memory$"):
+        sharding.shard(module, SimpleNamespace(device_type="cpu"))
