@@ -8,7 +8,6 @@ kept as a shard; each rank draws the noise of its shard.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from lightning_privacy.distributed import Exchange, all_reduced
 from lightning_privacy.step import PrivateStep
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ShardedStep(PrivateStep):
         self.held = {name: shards[name] for name in self.parameters}
         self._names |= {id(shard): name for name, shard in self.held.items()}
         self._to_come = list(self.parameters)
-        self._under_way: deque[tuple[str, Tensor, Tensor, Any]] = deque()
+        self._travelling: Exchange[str] = Exchange(super()._add, self._sent, under_way=_UNDER_WAY)
 
     def begin(self, weights: Sequence[float], units: UnitRows | None = None) -> None:
         """See `PrivateStep.begin`."""
@@ -64,11 +64,11 @@ class ShardedStep(PrivateStep):
         self._settle()
         while self._to_come:
             self._scatter(self._to_come.pop(0), None)
-        self._arrive(0)
+        self._travelling.finish()
 
     def discard(self) -> None:
         """See `PrivateStep.discard`."""
-        self._under_way.clear()
+        self._travelling.forget()
         super().discard()
 
     def _add(self, name: str, gradient: Tensor) -> None:
@@ -78,22 +78,23 @@ class ShardedStep(PrivateStep):
 
     def _scatter(self, name: str, gradient: Tensor | None) -> None:
         """Add up over ranks; each keeps its shard."""
-        shard, parameter = self.held[name], self.parameters[name]
+        parameter = self.parameters[name]
         if gradient is None:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             gradient = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        whole = gradient.view(parameter.shape).contiguous()
-        own, work = _reduce_scattered(whole, shard)
-        self._under_way.append((name, own, whole, work))
-        self._arrive(_UNDER_WAY)
+        self._travelling.send(name, gradient.view(parameter.shape).contiguous())
 
-    def _arrive(self, left: int) -> None:
-        """Keep the oldest shards, until so many are still under way."""
-        while len(self._under_way) > left:
-            name, own, _, work = self._under_way.popleft()
-            if work is not None:
-                work.wait()
-            super()._add(name, own)
+    def _sent(self, name: str, whole: Tensor) -> tuple[Tensor, Any]:
+        """What this rank will hold of the sum over ranks, and what to wait for."""
+        shard: Any = self.held[name]
+        if not isinstance(shard, DTensor):
+            return all_reduced(name, whole)
+        mesh, size = shard.device_mesh, shard.device_mesh.size()
+        if tuple(shard.placements) == (Shard(0),) and len(whole) % size == 0:
+            own = whole.new_empty(len(whole) // size, *whole.shape[1:])
+            return own, _reduce_scatter(own, whole, group=mesh.get_group(), async_op=True)
+        parts = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
+        return parts.redistribute(placements=shard.placements).to_local(), None
 
     def _total(self, names: tuple[str, ...]) -> Tensor:
         parts = []
@@ -118,19 +119,6 @@ class ShardedStep(PrivateStep):
                     shape=shard.shape, stride=shard.stride(),
                 )  # fmt: skip
             shard.grad = piece
-
-
-def _reduce_scattered(whole: Tensor, shard: nn.Parameter) -> tuple[Tensor, Any]:
-    """What this rank holds of the sum over ranks, and what to wait for before it is there."""
-    if not isinstance(shard, DTensor):
-        return whole, dist.all_reduce(whole, async_op=True)
-    mesh, size = shard.device_mesh, shard.device_mesh.size()
-    if tuple(shard.placements) == (Shard(0),) and len(whole) % size == 0:
-        own = whole.new_empty(len(whole) // size, *whole.shape[1:])
-        group = mesh.get_group()
-        return own, _reduce_scatter(own, whole, group=group, async_op=True)
-    parts = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
-    return parts.redistribute(placements=shard.placements).to_local(), None
 
 
 def _local(shard: nn.Parameter) -> Tensor:

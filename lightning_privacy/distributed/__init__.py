@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_privacy.distributed.exchange import Departures, Exchange
+from lightning_privacy.distributed.exchange import Departures, Exchange, all_reduced
 from lightning_privacy.distributed.shards import Shards
 from lightning_privacy.distributed.world import World
 
-__all__ = ["Departures", "Exchange", "Shards", "World"]
+__all__ = ["Departures", "Exchange", "Shards", "World", "all_reduced"]

@@ -14,22 +14,30 @@ if TYPE_CHECKING:
 
 Key = TypeVar("Key")
 
-# Sums under way while the next noise is drawn; each holds a bundle of gradients.
+# Sums under way while the next ones are prepared; each holds a bundle of gradients.
 _UNDER_WAY: Final = 2
 
 
 class Exchange(Generic[Key]):
-    """Adds up tensors over all ranks, in place.
+    """Sends tensors off to be added up over all ranks, and receives the sums in the same order.
 
     Args:
-        arrived: Called with each key and its sum, in the order in which they were sent; the sum
-            has the same bits on every rank.
-        adding: Whether there is anything to be added up.
+        arrived: Called with each key and its sum.
+        start: Sends a tensor off: gives where its sum will be, and what to wait for, or None if
+            the sum is there already. None: there is nothing to be added up.
+        under_way: How many may be waited for; their tensors are kept as long.
     """
 
-    def __init__(self, arrived: Callable[[Key, Tensor], object], *, adding: bool) -> None:
-        self._arrived, self._adding = arrived, adding
-        self._under_way: deque[tuple[Key, Tensor, Any]] = deque()
+    def __init__(
+        self,
+        arrived: Callable[[Key, Tensor], object],
+        start: Callable[[Key, Tensor], tuple[Tensor, Any]] | None = None,
+        *,
+        under_way: int = _UNDER_WAY,
+    ) -> None:
+        self._arrived, self._start = arrived, start
+        self._most = under_way if start is not None else 0
+        self._under_way: deque[tuple[Key, Tensor, Tensor, Any]] = deque()
 
     def send(self, key: Key, tensor: Tensor) -> None:
         """Send a tensor off.
@@ -38,20 +46,36 @@ class Exchange(Generic[Key]):
             key: The same keys in the same order on every rank.
             tensor: This rank's part.
         """
-        work = dist.all_reduce(tensor, async_op=True) if self._adding else None
-        self._under_way.append((key, tensor, work))
-        self._receive(_UNDER_WAY if self._adding else 0)
+        total, work = (tensor, None) if self._start is None else self._start(key, tensor)
+        self._under_way.append((key, tensor, total, work))
+        self._receive(self._most)
 
     def finish(self) -> None:
         """Receive what is still under way."""
         self._receive(0)
 
+    def forget(self) -> None:
+        """Receive nothing more of what is under way."""
+        self._under_way.clear()
+
     def _receive(self, left: int) -> None:
         while len(self._under_way) > left:
-            key, tensor, work = self._under_way.popleft()
+            key, _, total, work = self._under_way.popleft()
             if work is not None:
                 work.wait()
-            self._arrived(key, tensor)
+            self._arrived(key, total)
+
+
+def all_reduced(_key: object, tensor: Tensor) -> tuple[Tensor, Any]:
+    """Start of an exchange after which every rank has the sum, with the same bits, in place.
+
+    Args:
+        tensor: This rank's part.
+
+    Returns:
+        The tensor, and what to wait for.
+    """
+    return tensor, dist.all_reduce(tensor, async_op=True)
 
 
 class Departures:

@@ -38,4 +38,4 @@ class Shards(World):
         Returns:
             What takes the shards.
         """
-        return Exchange(arrived, adding=False)
+        return Exchange(arrived)

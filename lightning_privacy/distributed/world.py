@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import torch
 import torch.distributed as dist
 
-from lightning_privacy.distributed.exchange import Exchange
+from lightning_privacy.distributed.exchange import Exchange, all_reduced
 from lightning_privacy.distributed.watch import Watch
 from lightning_privacy.errors import (
     BudgetExceededError,
@@ -314,7 +314,7 @@ class World:
         Returns:
             What takes the tensors.
         """
-        return Exchange(arrived, adding=not self.alone)
+        return Exchange(arrived, None if self.alone else all_reduced)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up one tensor over all ranks, in place.

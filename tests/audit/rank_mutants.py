@@ -102,7 +102,7 @@ def summing(change: Any) -> Any:
     """Change how ranks add up; `change` gets the world and one rank's tensor, in place."""
 
     def exchange(self: World, arrived: Any) -> Any:
-        return Exchange(lambda key, tensor: arrived(key, change(self, tensor)), adding=False)
+        return Exchange(lambda key, tensor: arrived(key, change(self, tensor)))
 
     return patched(World, "exchange", exchange)
 

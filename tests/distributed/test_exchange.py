@@ -12,9 +12,7 @@ BUNDLES = [("a", "b"), ("c",), ("d", "e")]
 
 def departures(missing: str) -> tuple[Departures, list[str]]:
     sent: list[str] = []
-    exchange: Exchange[tuple[str, ...]] = Exchange(
-        lambda names, _: sent.append("".join(names)), adding=False
-    )
+    exchange: Exchange[tuple[str, ...]] = Exchange(lambda names, _: sent.append("".join(names)))
 
     def made(names: tuple[str, ...]) -> Tensor:
         return torch.ones(len(names))
