@@ -265,7 +265,8 @@ class Begins(Regression):
         x, y = batch
         if self.global_step >= 3:
             x = self.more(x)
-        return F.mse_loss(self.net(x), y)
+        # Far from its target, or a row that fits by chance has no gradient to be compared.
+        return F.mse_loss(self.net(x), y + 20)
 
     def more(self, x: Tensor) -> Tensor:
         return self.extra(x).tanh()
