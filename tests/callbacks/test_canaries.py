@@ -169,7 +169,7 @@ def test_a_trainer_without_noise_is_refuted(
     monkeypatch.setattr(GaussianNoise, "add_", lambda *_: None)
     canaries = Canaries(kind="gradient", count=100)
     with pytest.warns(UserWarning, match="the claim is wrong"):
-        fitted(tmp_path, canaries, max_steps=12, module=Wide(), noise_multiplier=8.0,
+        fitted(tmp_path, canaries, max_steps=12, module=Wide(), noise_multiplier=32.0,
                sample_rate=0.5)  # fmt: skip
     assert canaries.result is not None
     assert canaries.result.refuted

@@ -65,7 +65,9 @@ def test_a_correct_world_is_not_refuted_and_a_silent_one_is(
     found, _ = processes.run(audit_jobs.gradient_canaries, str(tmp_path), 2.0, 8, False)
     assert found["epsilon"] <= found["claimed"]
     assert not found["refuted"]
-    first, second = processes.run(audit_jobs.gradient_canaries, str(tmp_path), 8.0, 8, True)
+    # So much noise is claimed that chance cannot hide its lack: of 60 such audits the weakest
+    # proved 1.05, where 0.18 is claimed.
+    first, second = processes.run(audit_jobs.gradient_canaries, str(tmp_path), 32.0, 12, True)
     assert first["refuted"] == second["refuted"] is True
     # One of them says so.
     assert [first["warned"], second["warned"]] == [1, 0]
