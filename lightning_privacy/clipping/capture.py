@@ -83,7 +83,7 @@ class Capture:
         revisit: what may be left to a second backward; None if there is only one.
 
     Raises:
-        ConfigurationError: a parameter is not a plain `torch.nn.Parameter`.
+        ConfigurationError: a parameter is not a plain `torch.nn.Parameter`, or is complex.
     """
 
     def __init__(
@@ -372,4 +372,11 @@ def _require_plain(name: str, parameter: nn.Parameter) -> None:
             found=f"{name} is a {type(parameter).__name__}",
             cost="its operations could not be seen, so its gradient could not be clipped",
             remedy="run a lazy module once before training, or freeze a quantised parameter",
+        )
+    if parameter.is_complex():
+        raise ConfigurationError(
+            must="every trainable parameter is real",
+            found=f"{name} has the type {parameter.dtype}",
+            cost="norms, noise and rounding are those of real numbers",
+            remedy="keep a real parameter of shape [..., 2] and use torch.view_as_complex(it)",
         )

@@ -113,6 +113,18 @@ def test_parameters_that_are_not_plain_are_refused(lazy: bool) -> None:
         Capture(dict(module.named_parameters()), rows=B)
 
 
+def test_complex_parameters_are_refused_and_their_parts_are_exact() -> None:
+    def spectrum(module: Any, x: Tensor) -> Tensor:
+        return (torch.fft.fft(x) * torch.view_as_complex(module.filter)).abs()
+
+    batch = numbers(B, 4).double()
+    assert_exact(Sketch(spectrum, filter=(4, 2)), squares, batch)
+    whole = Sketch(lambda module, x: (torch.fft.fft(x) * module.filter).abs(), filter=(4,))
+    whole.filter = nn.Parameter(whole.filter.to(torch.complex128))
+    with pytest.raises(ConfigurationError, match="complex128"):
+        per_example_gradients(whole, squares, batch)
+
+
 # ---------------------------------------------------------------------- copies while it is open
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict"])
 def test_copies_made_while_open_are_plain(how: str) -> None:
