@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,8 @@ _DEFAULTS = {
     "dilation": 1,
     "groups": 1,
 }
+# On the CPU: windows of one row, in numbers, that no longer fit into a core's cache.
+_WINDOWS = 2**17
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +84,9 @@ class _Site:
             capture.add_dense(self.bias, by_row.flatten(3).sum((1, 3)))
         if self.weight is None:
             return
+        if self._large_windows(x, grad):
+            capture.add_dense(self.weight, self.one_by_one(x, grad))
+            return
         patches = self.patches(x, grad.shape[2:])  # [N, G, C/G * kernel, L]
         left = grad.unflatten(1, (self.groups, -1)).flatten(3)  # [N, G, O/G, L]
         left, right = (capture.by_row(tensor.mT, self.rows) for tensor in (left, patches))
@@ -89,6 +95,21 @@ class _Site:
             capture.add_outer(self.weight, left[:, 0], right[:, 0])
         else:
             capture.add_dense(self.weight, torch.matmul(left.mT, right))
+
+    def _large_windows(self, x: Tensor, grad: Tensor) -> bool:
+        """Whether a copy of the windows costs more than a call for each row."""
+        outputs, *weight = self.plain_weight.shape  # [O, C/G, *kernel]
+        positions, window = math.prod(grad.shape[2:]), math.prod(weight)
+        large = window * positions * self.groups * len(x) >= _WINDOWS * self.capture.rows
+        if x.device.type != "cpu" or not large or math.prod(weight[1:]) == 1:
+            return False
+        return self.groups > 1 or self.capture.instantiates(positions, outputs, window)
+
+    def one_by_one(self, x: Tensor, grad: Tensor) -> Tensor:
+        """``[B, O, C/G, *kernel]``: of each row the gradient of the weight that torch computes."""
+        rows = zip(x.chunk(self.capture.rows), grad.chunk(self.capture.rows), strict=True)
+        wanted = [False, True, False]
+        return torch.stack([self.gradients(*row, wanted)[1] for row in rows])
 
     def patches(self, x: Tensor, out: torch.Size) -> Tensor:
         """The window under each output position, ``[N, groups, C/groups * kernel, positions]``.

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_privacy.clipping import per_example_gradients
+from lightning_privacy.clipping import clipped_gradient_sum, per_example_gradients
+from lightning_privacy.clipping.ops import convolution
 from tests.clipping.reference import (
     Sketch,
     assert_close,
@@ -34,6 +35,13 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(params=["windows", "one by one"])
+def both_forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "one by one":
+        monkeypatch.setattr(convolution, "_WINDOWS", 0)
+
+
+@pytest.mark.usefixtures("both_forms")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dimensions", CONVOLUTIONS)
 def test_options(dimensions: int, options: dict[str, Any]) -> None:
@@ -42,6 +50,7 @@ def test_options(dimensions: int, options: dict[str, Any]) -> None:
     assert_exact(model, squares, numbers(B, 4, *[5] * dimensions))
 
 
+@pytest.mark.usefixtures("both_forms")
 def test_kernels_strides_and_paddings_that_differ_by_dimension() -> None:
     layer = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2))
     assert_exact(layer, squares, numbers(B, 2, 7, 6))
@@ -52,10 +61,35 @@ def test_an_even_kernel_padded_to_the_same_size() -> None:
     assert_exact(nn.Conv2d(2, 3, (2, 4), padding="same"), squares, numbers(B, 2, 5, 6))
 
 
+@pytest.mark.usefixtures("both_forms")
 def test_many_positions_take_the_gram_form() -> None:
     assert_exact(nn.Conv2d(8, 30, 3, stride=4), squares, numbers(B, 8, 9, 9))
 
 
+@pytest.mark.parametrize(
+    ("layer", "size", "copied"),
+    [
+        (nn.Conv2d(8, 8, 3), 50, False),
+        (nn.Conv2d(8, 8, 3), 40, True),
+        (nn.Conv2d(32, 32, 3, groups=32), 25, False),
+        (nn.Conv2d(128, 8, 1), 40, True),
+        (nn.Conv2d(150, 250, 3, stride=2), 21, True),
+    ],
+    ids=["large", "small", "by channel", "one element", "gram"],
+)
+def test_large_windows_are_not_copied(
+    layer: nn.Conv2d, size: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, patches = [], convolution._Site.patches
+    monkeypatch.setattr(convolution._Site, "patches", lambda *a: made.append(True) or patches(*a))
+    batch = numbers(2, layer.in_channels, size, size)
+    found, _ = clipped_gradient_sum(layer, squares, batch, 1e9)
+    assert bool(made) is copied
+    expected = loop_gradients(layer, squares, batch)
+    assert_close(found, {name: rows.sum(0) for name, rows in expected.items()}, 1e-5)
+
+
+@pytest.mark.usefixtures("both_forms")
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 def test_one_of_both_is_frozen(frozen: str) -> None:
     layer = nn.Conv2d(3, 4, 3)
@@ -63,6 +97,7 @@ def test_one_of_both_is_frozen(frozen: str) -> None:
     assert_exact(nn.Sequential(nn.Conv2d(2, 3, 1), layer), squares, numbers(B, 2, 5, 5))
 
 
+@pytest.mark.usefixtures("both_forms")
 @pytest.mark.parametrize("frames", [1, 3, B])
 def test_frames_of_a_video_are_flattened_into_the_rows(frames: int) -> None:
     model = Sketch(
@@ -97,6 +132,7 @@ def test_a_kernel_that_is_an_expression() -> None:
     assert_exact(model, squares, numbers(B, 3, 5, 5))
 
 
+@pytest.mark.usefixtures("both_forms")
 def test_one_position_whose_strides_look_like_channels_last() -> None:
     """Torch's grouped convolution of float64 refuses them where it computes the weight's gradient.
 
@@ -121,6 +157,7 @@ def test_patches_with_a_class_token_and_positions() -> None:
     assert_exact(model, squares, numbers(5, 3, 4, 4))
 
 
+@pytest.mark.usefixtures("both_forms")
 def test_a_small_residual_network() -> None:
     def forward(m: Sketch, x: Tensor) -> Tensor:
         x = m.stem(x)
@@ -140,6 +177,7 @@ def test_a_small_residual_network() -> None:
     assert_exact(model, squares, numbers(B, 3, 8, 8))
 
 
+@pytest.mark.usefixtures("both_forms")
 def test_under_bfloat16_autocast() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3))
 
