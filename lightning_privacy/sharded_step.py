@@ -3,7 +3,8 @@
 An operation sees the whole parameter, gathered for it, so each rank captures whole gradients of
 its own examples, and their norms are complete: no norm crosses a rank. The clipped sum of each
 parameter is reduce-scattered as soon as a micro-batch has it, while the next ones are computed, and
-kept as a shard; each rank draws the noise of its shard.
+kept as a shard; each rank draws the noise of its shard. Where several ranks hold the same shard
+(replicas of shards, HSDP) each has a part of its sum and of its noise, which are added up together.
 """
 
 from __future__ import annotations
@@ -89,12 +90,15 @@ class ShardedStep(PrivateStep):
         shard: Any = self.held[name]
         if not isinstance(shard, DTensor):
             return all_reduced(name, whole)
-        mesh, size = shard.device_mesh, shard.device_mesh.size()
-        if tuple(shard.placements) == (Shard(0),) and len(whole) % size == 0:
+        # Shards lie along the last dimension of the mesh, replicas of shards along one before it.
+        mesh, placements = shard.device_mesh, shard.placements
+        size = mesh.size(mesh.ndim - 1)
+        if placements[-1] == Shard(0) and len(whole) % size == 0:
             own = whole.new_empty(len(whole) // size, *whole.shape[1:])
-            return own, _reduce_scatter(own, whole, group=mesh.get_group(), async_op=True)
-        parts = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
-        return parts.redistribute(placements=shard.placements).to_local(), None
+            group = mesh.get_group(mesh.ndim - 1)
+            return own, _reduce_scatter(own, whole, group=group, async_op=True)
+        parts = DTensor.from_local(whole, mesh, [*placements[:-1], Partial()], run_check=False)
+        return parts.redistribute(placements=placements).to_local(), None
 
     def _total(self, names: tuple[str, ...]) -> Tensor:
         parts = []

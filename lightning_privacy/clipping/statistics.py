@@ -31,7 +31,7 @@ class Signal:
 
     def __init__(self, std: float, world: World, *, wanted: bool) -> None:
         self._std, self._wanted = std, wanted
-        self._replicas = not world.alone and not world.lockstep
+        self._replicas = world.noise_parts > 1
         self._norms: list[Tensor] = []
         self._size = 0
 

@@ -66,16 +66,17 @@ class Exchange(Generic[Key]):
             self._arrived(key, total)
 
 
-def all_reduced(_key: object, tensor: Tensor) -> tuple[Tensor, Any]:
+def all_reduced(_key: object, tensor: Tensor, group: Any = None) -> tuple[Tensor, Any]:
     """Start of an exchange after which every rank has the sum, with the same bits, in place.
 
     Args:
         tensor: This rank's part.
+        group: Of these ranks; None: of all.
 
     Returns:
         The tensor, and what to wait for.
     """
-    return tensor, dist.all_reduce(tensor, async_op=True)
+    return tensor, dist.all_reduce(tensor, group=group, async_op=True)
 
 
 class Departures:

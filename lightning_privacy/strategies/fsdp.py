@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
+from lightning_privacy.errors import ConfigurationError
 from lightning_privacy.strategies.base import privatize
 from lightning_privacy.strategies.sharded_files import load_file
-from lightning_privacy.strategies.sharding import Root, shard, sharded_parts
+from lightning_privacy.strategies.sharding import Root, same_replicas, shard, sharded_parts
+from lightning_privacy.types import whole_number
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from lightning.pytorch import Trainer
+    from torch.distributed.device_mesh import DeviceMesh
 
 _UNSET: Any = object()
 
@@ -31,14 +35,31 @@ class FullyShardedStrategy(ModelParallelStrategy):
             shard, or one file, which any strategy can read.
         process_group_backend: As for `ModelParallelStrategy`.
         timeout: As for `ModelParallelStrategy`; its default if left out.
+        replicas: How many ranks hold each shard (hybrid sharding, HSDP), a divisor of the number of
+            ranks. With the number of nodes, parameters are gathered within a node, and only clipped
+            and noised sums of shards travel between nodes. 1: every rank has a shard of its own.
+
+    Attributes:
+        replicas: The same.
+        shard_mesh: Of one dimension, the shards; or of two, replicas and shards. From
+            ``setup_environment`` on.
+
+    Raises:
+        ConfigurationError: ``replicas`` does not divide the number of ranks.
     """
+
+    shard_mesh: DeviceMesh | None = None
 
     def __init__(
         self,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
+        replicas: int = 1,
     ) -> None:
+        self.replicas = whole_number(
+            "replicas", replicas, at_least=1, cost="parameters on no device", remedy="pass 1"
+        )
         named: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         super().__init__(
             tensor_parallel_size=1,
@@ -50,17 +71,30 @@ class FullyShardedStrategy(ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         """All ranks are data parallel."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        ranks = self._data_parallel_size = self.num_nodes * self.num_processes
+        if ranks % self.replicas:
+            raise ConfigurationError(
+                must="every shard has as many replicas as any other",
+                found=f"replicas={self.replicas} on {ranks} ranks",
+                cost="shards that some ranks do not have",
+                remedy="pass a divisor of the number of ranks, for instance the number of nodes",
+            )
         super().setup_environment()
+        self.shard_mesh = self.device_mesh["data_parallel"]
+        if self.replicas > 1:
+            shape = self.replicas, ranks // self.replicas
+            names = ("replicas", "shards")
+            self.shard_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         """Shard the module, unless it has done so, before the optimizers are made."""
         module: Any = self.lightning_module
         if next(sharded_parts(module), None) is None:
-            mesh = self.device_mesh["data_parallel"]
-            shard(module, mesh)
-            Root(module, mesh)
+            assert self.shard_mesh is not None
+            shard(module, self.shard_mesh)
+            Root(module, self.shard_mesh)
+        same_replicas(module, self.shard_mesh)
         own = vars(module).get("configure_model", _UNSET)
         # Lightning wants the module to have sharded itself; it was called before, if there is one.
         module.configure_model = _sharded_already

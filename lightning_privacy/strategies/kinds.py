@@ -24,7 +24,11 @@ def joined(strategy: Strategy) -> World:
     """
     kind = Shards if is_sharded(strategy) else World
     # Others may have joined processes that train apart from one another.
-    return kind.join().watched() if getattr(strategy, "world_size", 1) > 1 else kind()
+    world = kind.join().watched() if getattr(strategy, "world_size", 1) > 1 else kind()
+    mesh = getattr(strategy, "shard_mesh", None)
+    if isinstance(world, Shards) and mesh is not None and mesh.ndim > 1:
+        world.replicated(mesh.get_group(0))
+    return world
 
 
 def run_for(strategy: Strategy) -> type[PrivateRun]:

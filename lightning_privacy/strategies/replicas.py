@@ -41,7 +41,22 @@ def replicate(strategy: Any) -> None:
     for tensor in [*strategy.model.parameters(), *strategy.model.buffers()]:
         # A quantised parameter's scale lies elsewhere; `require_same` compares both.
         if getattr(tensor, "quant_state", None) is None:
-            _broadcast(tensor.detach())
+            broadcast(tensor.detach())
+
+
+def broadcast(tensor: Tensor, group: Any = None) -> None:
+    """Take over the bytes of the group's first rank: not every backend knows every type.
+
+    Args:
+        tensor: Of the same shape and type on every rank.
+        group: A process group; None: of all ranks.
+    """
+    if not tensor.numel():
+        return
+    whole = tensor.contiguous()
+    dist.broadcast(whole.view(-1).view(torch.uint8), group_src=0, group=group)
+    if whole.data_ptr() != tensor.data_ptr():
+        tensor.copy_(whole)
 
 
 def require_same(world: World, fingerprints: Mapping[str, int]) -> None:
@@ -67,16 +82,6 @@ def require_same(world: World, fingerprints: Mapping[str, int]) -> None:
         remedy="let no rank change them by itself; a frozen base loads the same checkpoint on "
         "every rank",
     )
-
-
-def _broadcast(tensor: Tensor) -> None:
-    """By bytes: not every backend knows every type."""
-    if not tensor.numel():
-        return
-    whole = tensor.contiguous()
-    dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
-    if whole.data_ptr() != tensor.data_ptr():
-        tensor.copy_(whole)
 
 
 def _differing(everywhere: list[Any]) -> list[str]:

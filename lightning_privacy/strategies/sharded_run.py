@@ -19,7 +19,8 @@ class ShardedRun(PrivateRun):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trainable parameters as operations see them."""
-        parameters = gathered_parameters(self.module)
+        mesh = getattr(self.strategy, "shard_mesh", None)
+        parameters = gathered_parameters(self.module, mesh)
         shards = {n: p for n, p in self.module.named_parameters() if n in parameters}
         self.step_class = functools.partial(ShardedStep, shards=shards)
         return parameters

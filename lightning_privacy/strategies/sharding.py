@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_privacy.clipping.casts import GATHERED
 from lightning_privacy.errors import UnsupportedOperationError
 from lightning_privacy.strategies.quantised import pack_quantised
+from lightning_privacy.strategies.replicas import broadcast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
 
     Args:
         module: The LightningModule. One that holds a sharded part already is not touched.
-        mesh: One dimension, the ranks.
+        mesh: One dimension, the ranks; or two, replicas and shards.
 
     Raises:
         UnsupportedOperationError: A parameter belongs to the LightningModule itself; or torch
@@ -69,7 +70,7 @@ class Root(nn.Module):
 
     Args:
         module: A LightningModule that `shard` has sharded.
-        mesh: One dimension, the ranks.
+        mesh: The same mesh.
     """
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -151,7 +152,21 @@ def rest(module: nn.Module) -> None:
         part.reshard()
 
 
-def gathered_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def same_replicas(module: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Give every replica the first one's shards.
+
+    Args:
+        module: A module with sharded parts.
+        mesh: Of two dimensions, replicas and shards; of one there is nothing to do.
+    """
+    if mesh is None or mesh.ndim == 1:
+        return
+    for tensor in [*module.parameters(), *module.buffers()]:
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        broadcast(own.detach(), mesh.get_group(0))
+
+
+def gathered_parameters(module: nn.Module, mesh: DeviceMesh | None) -> dict[str, nn.Parameter]:
     """The trainable parameters as operations see them; their memory is there while they run.
 
     From now on no backward adds up anything across ranks: whatever leaves a rank, the private step
@@ -159,17 +174,19 @@ def gathered_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
     Args:
         module: A module with sharded parts.
+        mesh: Of the strategy, if it has one of its own: of replicas and shards.
 
     Returns:
         Whole parameters by name.
 
     Raises:
-        UnsupportedOperationError: The parts are not sharded over all ranks and in one dimension.
+        UnsupportedOperationError: The parts are not sharded over all ranks and in one dimension, or
+            as the strategy says.
     """
     rest(module)
     found = {n: p for n, p in module.named_parameters() if p.requires_grad}
     for name, parameter in found.items():
-        _require_plain_shards(name, parameter)
+        _require_plain_shards(name, parameter, mesh)
     shards = [name for name, parameter in found.items() if isinstance(parameter, DTensor)]
     for part in sharded_parts(module):
         part.set_requires_gradient_sync(False)
@@ -183,7 +200,7 @@ def gathered_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _require_plain_shards(name: str, parameter: nn.Parameter) -> None:
+def _require_plain_shards(name: str, parameter: nn.Parameter, own: DeviceMesh | None) -> None:
     if not isinstance(parameter, DTensor):
         if dist.get_world_size() == 1:
             return
@@ -196,13 +213,15 @@ def _require_plain_shards(name: str, parameter: nn.Parameter) -> None:
             'strategy="private_fsdp", which shards whatever is of a real type',
         )
     mesh = parameter.device_mesh
-    if mesh.ndim != 1 or mesh.size() != dist.get_world_size():
+    wrong = mesh.ndim != 1 if own is None or own.ndim == 1 else mesh != own
+    if wrong or mesh.size() != dist.get_world_size():
         raise UnsupportedOperationError(
             must="parameters are sharded over all ranks, each of which has its own examples",
             found=f"{name} on a mesh of shape {tuple(mesh.shape)}",
             cost="a part of the ranks' sums would be left out, or get another noise",
             remedy="use one data-parallel dimension: ModelParallelStrategy(data_parallel_size="
-            '<all ranks>, tensor_parallel_size=1), or strategy="private_fsdp"',
+            '<all ranks>, tensor_parallel_size=1), or strategy="private_fsdp"; for replicas of '
+            "shards PrivateFSDPStrategy(replicas=...) and its shard_mesh",
         )
 
 

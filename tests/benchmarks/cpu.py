@@ -1,15 +1,16 @@
 """Step time and peak memory with and without privacy, and with Opacus, from one run on the CPU.
 
-    python tests/benchmarks/cpu.py --rounds 7 --output docs/benchmarks/cpu.md
+    python -m tests.benchmarks.cpu --rounds 7 --output docs/benchmarks/cpu.md
 
 Baseline: an ordinary Trainer on the unmodified module with the same rows. Private: the same Trainer
 with the `DifferentialPrivacy` callback, noise on and all guards at their defaults; every draw holds
-all rows (sample rate 1), so that both see the same batches. Opacus (hooks, ghost) and the plain
-loop over single examples run without a Trainer. The modes take turns; the table shows medians over
-rounds of each round's median step, and the ratio to the non-private step of the same round. What a
-private run does before its first step, and at steps 1, 2, 4 and 8 to compare rows and contents, is
-not in these steps; the column of checks has it, as the time that it adds to 1,000 steps. Peak
-memory is the growth of the resident set over a few steps in a fresh process.
+all rows (sample rate 1), so that both see the same batches. Opacus (hooks, ghost), the plain loop
+over single examples, and what else of `peers` can be imported run without a Trainer. The modes take
+turns; the table shows medians over rounds of each round's median step, and the ratio to the
+non-private step of the same round. What a private run does before its first step, and at steps 1,
+2, 4 and 8 to compare rows and contents, is not in these steps; the column of checks has it, as the
+time that it adds to 1,000 steps. Peak memory is the growth of the resident set over a few steps in
+a fresh process.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.benchmarks.peers import CLIP_NORM, PEERS, SIGMA, optimizer_of
+
 ROWS = 16
-SIGMA = 1.0
 # Planned steps of a fit, of which the first few run; and how many of them are not counted.
 RUN, WARM = 200, {"non-private": 2, "private": 9}
-MODES = ("non-private", "private", "opacus hooks", "opacus ghost", "example loop")
+MODES = ("non-private", "private", *PEERS)
 
 
 def small_llama(*, lora: bool) -> nn.Module:
@@ -73,6 +75,21 @@ def small_cnn() -> nn.Module:
     return nn.Sequential(*layers, *head)
 
 
+def wide_cnn() -> nn.Module:
+    """Five convolutions of 64 and 128 channels, 0.5 M parameters: what work there is, is theirs."""
+    layers: list[nn.Module] = []
+    for channels, width, stride in (
+        (3, 64, 1),
+        (64, 64, 1),
+        (64, 64, 1),
+        (64, 128, 2),
+        (128, 128, 1),
+    ):
+        layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.GroupNorm(8, width), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, 100)]
+    return nn.Sequential(*layers, *head)
+
+
 def language_losses(model: nn.Module, batch: list[Tensor]) -> Tensor:
     """``[B]``: each example's mean over its tokens."""
     (ids,) = batch
@@ -87,6 +104,11 @@ def image_losses(model: nn.Module, batch: list[Tensor]) -> Tensor:
     return F.cross_entropy(model(images), labels, reduction="none")
 
 
+def images() -> list[Tensor]:
+    """As those of CIFAR-100."""
+    return [torch.randn(ROWS, 3, 32, 32), torch.randint(0, 100, (ROWS,))]
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable[[], list[Tensor]]]]
 CASES = {
     "Llama, all parameters": (
@@ -99,11 +121,8 @@ CASES = {
         language_losses,
         lambda: [torch.randint(0, 4096, (ROWS, 128))],
     ),
-    "CNN": (
-        small_cnn,
-        image_losses,
-        lambda: [torch.randn(ROWS, 3, 32, 32), torch.randint(0, 100, (ROWS,))],
-    ),
+    "CNN": (small_cnn, image_losses, images),
+    "CNN, wide": (wide_cnn, image_losses, images),
 }
 
 
@@ -120,7 +139,7 @@ class Module(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on what is trainable."""
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
+        return optimizer_of(self.model)
 
 
 class Clock(L.Callback):
@@ -154,20 +173,16 @@ class Runner:
         self.model, self.mode, self.batch = build().train(), mode, make()
         self.module = Module(self.model, self.losses)
         self.first: list[float] = []
-        self.optimizer: Any = None
-        if mode.startswith("opacus"):
-            self._wrap_with_opacus(ghost=mode.endswith("ghost"))
-        elif mode == "example loop":
-            self.optimizer = self.module.configure_optimizers()
+        self.peer = PEERS[mode](self.model, self.losses, self.batch) if mode in PEERS else None
 
     def round(self, steps: int) -> list[float]:
         """Run that many steps."""
-        if self.mode in ("non-private", "private"):
+        if self.peer is None:
             return self._fit(steps)
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
-            self._loop_step() if self.mode == "example loop" else self._opacus_step()
+            self.peer.step()
             seconds.append(time.perf_counter() - start)
         return seconds
 
@@ -181,7 +196,7 @@ class Runner:
                 DifferentialPrivacy(
                     noise_multiplier=SIGMA,
                     delta=1e-5,
-                    clip_norm=1.0,
+                    clip_norm=CLIP_NORM,
                     sample_rate=1.0,
                     expected_batch_size=ROWS,
                     print_table=False,
@@ -199,60 +214,6 @@ class Runner:
         trainer.fit(self.module, DataLoader(TensorDataset(*self.batch), batch_size=ROWS))
         self.first = clock.seconds[: WARM[self.mode]]
         return clock.seconds[WARM[self.mode] :]
-
-    def _wrap_with_opacus(self, *, ghost: bool) -> None:
-        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
-        from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-        from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
-
-        plain = self.module.configure_optimizers()
-        options = {"noise_multiplier": SIGMA, "max_grad_norm": 1.0, "expected_batch_size": ROWS}
-        if not ghost:
-            self.model = GradSampleModule(self.model, strict=False)
-            self.optimizer = DPOptimizer(plain, **options)
-            return
-        self.model = GradSampleModuleFastGradientClipping(
-            self.model, max_grad_norm=1.0, use_ghost_clipping=True, strict=False
-        )
-        self.optimizer = DPOptimizerFastGradientClipping(plain, **options)
-        self.criterion = DPLossFastGradientClipping(
-            self.model, self.optimizer, _Given(), loss_reduction="mean"
-        )
-
-    def _opacus_step(self) -> None:
-        losses = self.losses(self.model, self.batch)
-        if self.mode.endswith("ghost"):
-            self.criterion(losses, losses).backward()
-        else:
-            losses.mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _loop_step(self) -> None:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        totals = [torch.zeros_like(p) for p in parameters]
-        for row in range(ROWS):
-            self.losses(self.model, [t[row : row + 1] for t in self.batch]).mean().backward()
-            norm = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters])
-            )
-            factor = float((1.0 / norm).clamp(max=1.0))
-            for total, parameter in zip(totals, parameters, strict=True):
-                total.add_(parameter.grad, alpha=factor)
-                parameter.grad = None
-        for total, parameter in zip(totals, parameters, strict=True):
-            parameter.grad = (total + SIGMA * torch.randn_like(total)) / ROWS
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-class _Given(nn.Module):
-    """A criterion for losses that the model computed itself."""
-
-    reduction = "mean"
-
-    def forward(self, losses: Tensor, _: Tensor) -> Tensor:
-        return losses if self.reduction == "none" else losses.mean()
 
 
 def peak_growth(case: str, mode: str, steps: int) -> float:
@@ -314,7 +275,16 @@ def measure(case: str, rounds: int, steps: int, threads: int) -> list[dict[str, 
 
 
 def _memory_in_fresh_process(case: str, mode: str, threads: int) -> float:
-    command = [sys.executable, __file__, "--memory", case, mode, "--threads", str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.cpu",
+        "--memory",
+        case,
+        mode,
+        "--threads",
+        str(threads),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(run.stdout.strip().splitlines()[-1]))
 
@@ -368,7 +338,7 @@ def main() -> None:
 
 def _page(rows: str, options: argparse.Namespace) -> str:
     command = (
-        f"python tests/benchmarks/cpu.py --rounds {options.rounds} --steps {options.steps} "
+        f"python -m tests.benchmarks.cpu --rounds {options.rounds} --steps {options.steps} "
         f"--threads {options.threads}"
     )
     import platform
