@@ -50,18 +50,7 @@ def dependence(
             'over the examples, "sum" or "mean"'
         )
     else:
-        batch_norms = [
-            label
-            for label, part in module.named_modules()
-            if isinstance(part, nn.modules.batchnorm._BatchNorm)
-        ]
-        why = f"; batch normalisation at {', '.join(batch_norms[:4])}" if batch_norms else ""
-        if moving := [label for label, part in module.named_modules() if isinstance(part, _MOVING)]:
-            why += (
-                f"; spectral normalisation moves its vectors at each pass: {', '.join(moving[:4])}"
-            )
-        if name.endswith("_reverse"):
-            why += "; the backward direction of a recurrent layer begins with the padding"
+        why = _suspects(module, name)
         remedy = (
             "replace BatchNorm by GroupNorm, spectral by weight normalisation; compute losses and "
             "scalings from one example at a time; keep the batch as first dimension; pad to a "
@@ -76,6 +65,20 @@ def dependence(
         cost=_MIXED,
         remedy=remedy,
     )
+
+
+def _suspects(module: nn.Module, name: str) -> str:
+    """Say which parts of a module usually mix examples, or change from pass to pass."""
+    said = ""
+    for kind, what in (
+        (nn.modules.batchnorm._BatchNorm, "batch normalisation at"),
+        (_MOVING, "spectral normalisation moves its vectors at each pass:"),
+    ):
+        if labels := [label for label, part in module.named_modules() if isinstance(part, kind)]:
+            said += f"; {what} {', '.join(labels[:4])}"
+    if name.endswith("_reverse"):
+        said += "; the backward direction of a recurrent layer begins with the padding"
+    return said
 
 
 def no_single_loss(shape: Sequence[int]) -> ConfigurationError:
