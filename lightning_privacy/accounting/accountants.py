@@ -162,6 +162,24 @@ def checked_delta(delta: object) -> float:
     )
 
 
+def delta_warning(delta: float, units: int) -> str | None:
+    """Returns what to say of a δ that promises nothing, and None of a smaller one.
+
+    Args:
+        delta: δ, in (0, 1).
+        units: Number of units.
+
+    Returns:
+        The warning, or None.
+    """
+    if delta * units < 1:
+        return None
+    return (
+        f"delta={delta:g} is not below one over the number of units, {units}: who publishes one "
+        "unit as it is would keep this promise. Pass a δ well below 1/n."
+    )
+
+
 def check_accountant(accountant: object) -> None:
     """Refuses an accountant that is not offered, and says why for the one that is asked for most.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -238,8 +238,7 @@ class PrivacyLedger:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         # Immediate: two runs that both read before either wrote would both fit the same budget.
-        with closing(sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)) as link:
-            link.execute("PRAGMA synchronous = FULL")
+        with closing(_connection(self.path)) as link:
             link.execute("BEGIN IMMEDIATE")
             try:
                 yield link
@@ -247,6 +246,25 @@ class PrivacyLedger:
                 link.execute("ROLLBACK")
                 raise
             link.execute("COMMIT")
+
+
+def _connection(path: Path) -> sqlite3.Connection:
+    with ExitStack() as failed:
+        try:
+            link = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+            failed.callback(link.close)
+            link.execute("PRAGMA synchronous = FULL")
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode not in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB}:
+                raise
+            raise ConfigurationError(
+                must="the ledger is an SQLite file in a folder that exists",
+                found=f"{path}: {error}",
+                cost="spent budget that nobody reads, or that is not on record",
+                remedy="check the path",
+            ) from error
+        failed.pop_all()
+        return link
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:

@@ -25,6 +25,7 @@ from lightning_privacy.data.base import DocumentDataModule
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
 from lightning_privacy.metrics import Exposure
 from lightning_privacy.metrics.functional import candidate_log_likelihoods
+from lightning_privacy.types import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -110,8 +111,15 @@ def measure_leakage(
 
     Raises:
         UnsupportedOperationError: The loss of single examples cannot be had.
-        ConfigurationError: There are no training or no validation data.
+        ConfigurationError: There are no training or no validation data, or ``rows`` is below 2.
     """
+    whole_number(
+        "rows",
+        rows,
+        at_least=2,
+        cost="an attack on nothing",
+        remedy="leave it out, or take some hundreds: fewer show little",
+    )
     loaders = _loaders(data)
     chosen = [_chosen(loader, rows, seed) for seed, loader in enumerate(loaders)]
     sides = [

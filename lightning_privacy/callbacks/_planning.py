@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
+from lightning_privacy.accounting.accountants import delta_warning
 from lightning_privacy.callbacks._state import RunState, budget_spent
 from lightning_privacy.callbacks._tiers import tier_settings, tiered_plan
 from lightning_privacy.errors import (
@@ -47,12 +48,8 @@ def sampling_of(
     Returns:
         Rate, normaliser, relation, steps per epoch, and where they come from.
     """
-    units = settings.dataset_size or population.units
-    if settings.delta * units >= 1:
-        rank_zero_warn(
-            f"delta={settings.delta:g} is not below one over the number of units, {units}: who "
-            "publishes one unit as it is would keep this promise. Pass a δ well below 1/n."
-        )
+    if warning := delta_warning(settings.delta, settings.dataset_size or population.units):
+        rank_zero_warn(warning)
     return resolve_sampling(
         sample_rate=settings.sample_rate,
         expected_batch_size=settings.expected_batch_size,

@@ -178,7 +178,13 @@ class PrivacySettings:
             remedy='say what the loss does over the examples of a batch: "mean" or "sum"',
         )
         units = tuple(str(unit) for unit in PrivacyUnit)
-        one_of("unit", self.unit, units, cost=wrong, remedy='use "example"')
+        one_of(
+            "unit",
+            self.unit,
+            units,
+            cost=wrong,
+            remedy='use "user" for all rows of a person together, "example" for each row alone',
+        )
 
     def _check_local_steps(self) -> None:
         one_of(

@@ -67,14 +67,14 @@ def refuse_trainer(trainer: Any, module: LightningModule, callback: Callback) ->
 
 
 def refuse_module(module: nn.Module, independent: Sequence[str]) -> None:
-    """Refuse a module without trainable parameters, and metrics that a checkpoint would hold.
+    """Refuse a module without a parameter that trains, or that would save metrics.
 
     Args:
         module: The module to be trained.
         independent: Names or patterns declared to be independent of the data.
 
     Raises:
-        ConfigurationError: Nothing is trainable.
+        ConfigurationError: Nothing is trainable, or a parameter has no shape yet.
         GuaranteeError: A metric keeps persistent states and is not declared.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -83,6 +83,14 @@ def refuse_module(module: nn.Module, independent: Sequence[str]) -> None:
             found="none",
             cost="there is no gradient to protect",
             remedy="unfreeze what should be trained",
+        )
+    if lazy := [n for n, p in module.named_parameters() if torch.nn.parameter.is_lazy(p)]:
+        raise ConfigurationError(
+            must="every parameter has its shape before the fit starts",
+            found=f"lazy parameters: {', '.join(lazy[:8])}",
+            cost="weights that no check has seen and nothing clips",
+            remedy="run the module once on a made-up batch before trainer.fit, or give layers "
+            "their input sizes",
         )
     ordinary = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     metrics = [name for name, part in module.named_modules() if isinstance(part, Metric)]

@@ -125,6 +125,13 @@ def _with_configuration(words: Sequence[str]) -> None:
     )
 
 
+def _unreadable(checkpoint: Path, error: Exception) -> str:
+    # torch's own words begin with the advice to load the file without care; the reason comes last.
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    sentence = reason.partition("\n")[0].partition(". ")[0]
+    return f"{checkpoint}: {type(error).__name__}: {sentence[:200]}"
+
+
 def read_claim(checkpoint: Path) -> Claim | None:
     """Read what a checkpoint says of its privacy.
 
@@ -143,7 +150,7 @@ def read_claim(checkpoint: Path) -> Claim | None:
     except Exception as error:
         raise ConfigurationError(
             must="CHECKPOINT is a file that Lightning's trainer saved",
-            found=f"{checkpoint}: {type(error).__name__}: {str(error)[:200]}",
+            found=_unreadable(checkpoint, error),
             cost="an audit of nothing",
             remedy="give the path of a .ckpt file",
         ) from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from lightning_privacy.accounting.accountants import delta_warning
 from lightning_privacy.accounting.rounding import shown_epsilon
 from lightning_privacy.cli.tables import print_table
 from lightning_privacy.errors import ConfigurationError
@@ -56,6 +58,8 @@ def print_plan(words: Sequence[str]) -> None:
                 remedy="name the recipe with --config, or see `lightning-privacy plan --help`",
             )
         plan, size = _plan_of_numbers(options)
+        if warning := delta_warning(plan.delta, size):
+            print(warning, file=sys.stderr)
         budget, fixed_noise = options.epsilon, options.noise_multiplier is not None
     _print(plan, budget if fixed_noise else None)
     if plan.tiers:
@@ -138,7 +142,9 @@ def _require(options: argparse.Namespace) -> None:
                 must=f"without a recipe, `plan` is given {wanted}",
                 found="neither" if len(names) > 1 and not given else "both" if given else "nothing",
                 cost="a plan for a run that nobody described",
-                remedy=f"add {wanted}, or name a recipe with --config",
+                remedy=f"give one of them, {wanted}"
+                if given
+                else f"add {wanted}, or name a recipe with --config",
             )
 
 

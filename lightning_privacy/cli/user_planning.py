@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_privacy.accounting.accountants import delta_warning
 from lightning_privacy.accounting.group_sizes import (
     GroupSizeRow,
     UserFacts,
@@ -57,6 +59,8 @@ def print_user_plan(words: Sequence[str]) -> None:
         group_sizes=options.group_sizes,
         examples=examples,
     )
+    if warning := delta_warning(options.delta, options.dataset_size):
+        print(warning, file=sys.stderr)
     _print(rows, title)
     _print_rules(rows, median)
     _print_cost(options)

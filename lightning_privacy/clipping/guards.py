@@ -330,8 +330,9 @@ def _state_changed(moment: str, names: list[str]) -> GuaranteeError:
         found=f"changed {moment}: {', '.join(sorted(names)[:8])}",
         cost="what a forward writes there leaves the run in the checkpoint without noise, "
         "or carries one example into later gradients of others: no ε covers it",
-        remedy="remove the update (for BatchNorm: GroupNorm) or, if it does not depend on "
-        "the data, name it in independent_buffers",
+        remedy="remove the update (for BatchNorm: GroupNorm); leave averages of the weights to "
+        "Lightning's EMAWeightAveraging; or, if nothing in it depends on the data but the trained "
+        'weights, name it in independent_buffers, where patterns such as "ema.*" serve',
     )
 
 

@@ -11,6 +11,7 @@ from lightning_privacy.errors import ConfigurationError, GuaranteeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_MOVING = nn.utils.parametrizations._SpectralNorm
 _MIXED = (
     "adding one example changes the others' clipped gradients, so the sensitivity is not clip_norm "
     "and the printed ε would be too small"
@@ -40,7 +41,7 @@ def dependence(
     """
     if scaled is not None:
         why = (
-            f"; all gradients are scaled by {scaled:.3g}: the loss divides by "
+            f"; all gradients are scaled by {scaled:.4g}: the loss divides by "
             "something that other rows change"
         )
         remedy = (
@@ -49,17 +50,11 @@ def dependence(
             'over the examples, "sum" or "mean"'
         )
     else:
-        batch_norms = [
-            label
-            for label, part in module.named_modules()
-            if isinstance(part, nn.modules.batchnorm._BatchNorm)
-        ]
-        why = f"; batch normalisation at {', '.join(batch_norms[:4])}" if batch_norms else ""
-        if name.endswith("_reverse"):
-            why += "; the backward direction of a recurrent layer begins with the padding"
+        why = _suspects(module, name)
         remedy = (
-            "replace BatchNorm by GroupNorm; compute losses and scalings from one example at a "
-            "time; keep the batch as first dimension; pad to a fixed length where padding matters"
+            "replace BatchNorm by GroupNorm, spectral by weight normalisation; compute losses and "
+            "scalings from one example at a time; keep the batch as first dimension; pad to a "
+            "fixed length where padding matters"
         )
     compared = "a row's gradient in a batch differs from the same row's alone"
     if rows is not None:
@@ -70,6 +65,20 @@ def dependence(
         cost=_MIXED,
         remedy=remedy,
     )
+
+
+def _suspects(module: nn.Module, name: str) -> str:
+    """Say which parts of a module usually mix examples, or change from pass to pass."""
+    said = ""
+    for kind, what in (
+        (nn.modules.batchnorm._BatchNorm, "batch normalisation at"),
+        (_MOVING, "spectral normalisation moves its vectors at each pass:"),
+    ):
+        if labels := [label for label, part in module.named_modules() if isinstance(part, kind)]:
+            said += f"; {what} {', '.join(labels[:4])}"
+    if name.endswith("_reverse"):
+        said += "; the backward direction of a recurrent layer begins with the padding"
+    return said
 
 
 def no_single_loss(shape: Sequence[int]) -> ConfigurationError:

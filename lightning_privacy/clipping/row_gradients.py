@@ -198,12 +198,15 @@ def difference(
 
 
 def scaled_by(own: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> float | None:
-    """The factor between two gradients; None if they differ by more than a factor."""
+    """The factor between two gradients; None if they differ by more than a factor, or by a turn."""
     sizes = norm(own.values()), norm(alone.values())
     both = [n for n in own if n in alone]
     product = sum(float((own[n].double() * alone[n].double()).sum()) for n in both)
-    aligned = bool(sizes[0] and sizes[1]) and product / (sizes[0] * sizes[1]) > 0.999
-    return sizes[0] / sizes[1] if aligned else None
+    if not sizes[0] or not sizes[1]:
+        return None
+    cosine, factor = product / (sizes[0] * sizes[1]), sizes[0] / sizes[1]
+    turn = math.sqrt(max(0.0, 1 - cosine**2))
+    return factor if cosine > 0.999 and abs(factor - 1) > turn else None
 
 
 def finite(gradients: Mapping[str, Tensor]) -> bool:

@@ -199,7 +199,11 @@ def _column(dataset: Any, name: str) -> Iterable[Hashable]:
     first = dataset[0]
     if isinstance(first, Mapping) and name in first:
         return (dataset[row][name] for row in range(len(dataset)))
-    raise _nobody(f"no column, attribute or key of an example named {name!r}")
+    known = [
+        *(getattr(dataset, "column_names", None) or (first if isinstance(first, Mapping) else ()))
+    ]
+    there = f"; there are {', '.join(map(repr, known[:16]))}" if known else ""
+    raise _nobody(f"no column, attribute or key of an example named {name!r}{there}")
 
 
 def _attribute(dataset: Any, name: str) -> Any:

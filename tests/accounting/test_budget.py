@@ -134,6 +134,14 @@ def test_a_file_of_another_version_is_refused(ledger: PrivacyLedger) -> None:
         PrivacyLedger(ledger.path, dataset="letters")
 
 
+def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("text,author\n" * 100)
+    for name, found in (("table.csv", "not a database"), ("none/x.sqlite", "unable to open")):
+        with pytest.raises(ConfigurationError, match=found):
+            PrivacyLedger(tmp_path / name, dataset="letters", budget=(8.0, 1e-5))
+    assert (tmp_path / "table.csv").read_text() == "text,author\n" * 100
+
+
 def reserve_one(path: Path, number: int) -> None:
     try:
         PrivacyLedger(path, dataset="letters").reserve(f"run {number}", [RUN.times(2000)])

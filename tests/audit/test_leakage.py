@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_privacy import UnsupportedOperationError
+from lightning_privacy import ConfigurationError, UnsupportedOperationError
 from lightning_privacy.audit import measure_leakage, membership_figures, secret_figures
 
 
@@ -67,6 +67,11 @@ def test_a_model_of_any_kind_is_attacked_by_its_losses() -> None:
     assert model.training
     (untrained,) = measure_leakage(before, data, reference="adapters").membership
     assert abs(untrained.auroc - 0.5) < 0.2
+
+
+def test_an_attack_on_nothing_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="`rows` = 0"):
+        measure_leakage(Model(), Data(), reference=None, rows=0)
 
 
 def test_a_module_without_losses_is_refused() -> None:

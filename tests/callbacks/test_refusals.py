@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -101,6 +102,12 @@ def test_wrong_arguments(arguments: dict[str, Any], must: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         DifferentialPrivacy(**{"delta": 1e-5, **arguments})
     assert must in caught.value.must
+
+
+def test_a_misspelt_unit_is_not_sent_to_the_weaker_promise() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        DifferentialPrivacy(epsilon=1.0, delta=1e-5, unit="users")
+    assert 'use "user"' in caught.value.remedy
 
 
 USERS: dict[str, Any] = {"epsilon": 1.0, "delta": 1e-5, "unit": "user"}
@@ -455,6 +462,34 @@ def test_buffers_that_a_forward_writes(tmp_path: Path, declared: bool) -> None:
     with pytest.raises(GuaranteeError, match="average"):
         fit.fit(Averaging(), loader())
     assert callback.steps == 0
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_averages_of_the_weights_that_a_module_keeps(tmp_path: Path, declared: bool) -> None:
+    class Averaging(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ema = AveragedModel(self.net).requires_grad_(False)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.ema.update_parameters(self.net)
+
+    fit = trainer(tmp_path, privacy(independent_buffers=["ema.*"] if declared else []))
+    if declared:
+        fit.fit(Averaging(), loader())
+        return
+    with pytest.raises(GuaranteeError, match=r"ema\.n_averaged") as caught:
+        fit.fit(Averaging(), loader())
+    assert "EMAWeightAveraging" in caught.value.remedy
+    assert '"ema.*"' in caught.value.remedy
+
+
+def test_parameters_without_a_shape(tmp_path: Path) -> None:
+    module = Regression()
+    module.net[0] = nn.LazyLinear(module.net[0].out_features)
+    fit = trainer(tmp_path, privacy())
+    with pytest.raises(ConfigurationError, match=r"lazy parameters: net\.0\.weight, net\.0\.bias"):
+        fit.fit(module, loader())
 
 
 def test_parameters_that_a_forward_writes(tmp_path: Path) -> None:

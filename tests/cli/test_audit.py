@@ -123,5 +123,8 @@ def test_what_is_no_checkpoint_is_refused(recipe, tmp_path, capsys):
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
     with pytest.raises(ConfigurationError, match="Lightning's trainer"):
         read_claim(tmp_path / "other.ckpt")
+    (tmp_path / "table.ckpt").write_text("id,author,text\n1,ann,hello\n")
+    with pytest.raises(ConfigurationError, match=r"UnpicklingError: (?!.*weights_only)"):
+        read_claim(tmp_path / "table.ckpt")
     torch.save({"callbacks": {}}, tmp_path / "plain.ckpt")
     assert read_claim(tmp_path / "plain.ckpt") is None

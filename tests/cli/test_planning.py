@@ -65,6 +65,20 @@ def test_both_say_when_the_budget_is_spent(capsys):
     assert spent[0] <= 1 < spent[1]
 
 
+def test_a_delta_that_promises_nothing_is_warned_of(capsys):
+    assert main(["plan", *NUMBERS, "--epsilon", "2", "--batch_sizes", "50"]) == 0
+    assert not capsys.readouterr().err
+    loose = [*NUMBERS, "--delta", "1e-3", "--epsilon", "2", "--batch_sizes", "50"]
+    assert main(["plan", *loose]) == 0
+    warned = "delta=0.001 is not below one over the number of units, 1000"
+    assert warned in capsys.readouterr().err
+
+
+def test_epochs_and_steps_exclude_one_another(capsys):
+    assert main(["plan", *NUMBERS, "--steps", "3", "--epsilon", "2"]) == 2
+    assert "Remedy: give one of them, --epochs or --steps" in capsys.readouterr().err
+
+
 def test_a_recipe_is_planned_as_it_would_be_trained(recipe, capsys):
     pytest.importorskip("transformers")
     cheap = ["--privacy.accountant", "rdp"]

@@ -33,6 +33,11 @@ def test_public_facts_are_compared_and_the_rules_applied(capsys, monkeypatch) ->
     assert "private" not in out.lower()
 
 
+def test_a_delta_that_promises_nothing_is_warned_of(capsys) -> None:
+    assert main([*WORDS, "--delta", "0.01", "--examples_per_user", "4"]) == 0
+    assert "not below one over the number of units, 500" in capsys.readouterr().err
+
+
 def test_private_counts_are_called_private(capsys, monkeypatch, counts) -> None:
     out = printed(capsys, monkeypatch, "--counts", counts)
     assert "Computed from private counts: not covered by ε" in out

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_privacy.clipping.capture import Capture
 from lightning_privacy.clipping.checks import IndependenceReport, check_independence, learn
+from lightning_privacy.clipping.row_gradients import scaled_by
 from lightning_privacy.errors import GuaranteeError, PrivacyError, UnsupportedOperationError
 from tests.clipping.reference import Sketch, assert_untouched, numbers, tokens, trainable
 
@@ -145,6 +146,22 @@ def test_coupled_losses(name: str, dtype: str) -> None:
     assert caught.value.found.startswith(("weight", "bias"))
     assert remedy in caught.value.remedy
     assert_untouched(model)
+
+
+def test_spectral_normalisation_is_named_and_not_called_a_scale() -> None:
+    torch.manual_seed(0)
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3))
+    with pytest.raises(GuaranteeError, match="spectral normalisation moves its vectors") as caught:
+        checked(model, classify)
+    assert "scaled" not in caught.value.found
+    assert "weight normalisation" in caught.value.remedy
+
+
+def test_a_turn_is_no_scale() -> None:
+    own = {"weight": torch.tensor([1.0, 0.0])}
+    assert scaled_by(own, {"weight": torch.tensor([0.5, 0.0])}) == 2
+    assert scaled_by(own, {"weight": torch.tensor([1.0, 0.01])}) is None
+    assert scaled_by(own, {"weight": torch.tensor([0.0, 1.0])}) is None
 
 
 def _in(dtype: str, loss: Loss, m: Any, rows: list[int]) -> Tensor:

@@ -141,6 +141,12 @@ def test_unknown_users_are_refused(dataset, users, message):
         user_index(dataset, users)
 
 
+def test_a_misspelt_column_is_told_the_columns_there_are():
+    for dataset in (Rows(IDS), columns()):
+        with pytest.raises(ConfigurationError, match="named 'whom'; there are 'x', 'who'"):
+            user_index(dataset, "whom")
+
+
 # ---------------------------------------------------------------------- the bound
 def test_the_bound_keeps_at_most_so_many_of_each_user_and_always_the_same():
     ids = ["heavy"] * 50 + ["light"] * 2 + ["one"]
