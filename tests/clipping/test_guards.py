@@ -280,7 +280,8 @@ def test_running_statistics_are_found(layer: nn.Module) -> None:
 
 
 def test_spectral_normalisation_moves_its_vectors() -> None:
-    # They depend on the weights alone, so that declaring them independent is right.
+    # The guard believes a declaration. This one would be wrong: they move once for each
+    # micro-batch, whose number depends on the draw. The check of independence refuses them.
     layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))
     for declared in ([], ["parametrizations.weight.*"]):
         guard = StateGuard(layer, declared)
