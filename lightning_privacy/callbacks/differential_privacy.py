@@ -310,10 +310,10 @@ class DifferentialPrivacy(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log ε and what the draw looked like, and stop before the budget would be exceeded."""
+        """Log ε and the draw, stop before the budget would be exceeded, and answer signals."""
         state = self._state
-        if state.finished:
-            trainer.should_stop = True
+        trainer.should_stop |= state.finished
+        self._world.signals.answer()
         if trainer.barebones or self._so_far is None:
             return
         log_step(pl_module, self._so_far, state.ledger.count, self._tally, begun=not batch_idx)

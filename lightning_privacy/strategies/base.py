@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
 from lightning_privacy.strategies.launching import configure_launcher
 from lightning_privacy.strategies.replicas import replicate
+from lightning_privacy.strategies.signalling import answer_signals, take_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,6 +72,18 @@ def privatize(base: type[Strategy]) -> type[Strategy]:  # noqa: C901 - one class
         def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **named: Any) -> Any:
             _require_file(self, checkpoint_path)
             return super().load_checkpoint(checkpoint_path, *arguments, **named)
+
+        def on_train_start(self) -> None:
+            super().on_train_start()
+            take_signals(self)
+
+        def on_validation_start(self) -> None:
+            super().on_validation_start()
+            take_signals(self)
+
+        def on_validation_end(self) -> None:
+            super().on_validation_end()
+            answer_signals(self)
 
         def on_train_end(self) -> None:
             super().on_train_end()
