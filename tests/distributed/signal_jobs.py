@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_privacy.distributed import world
 from tests.callbacks.test_failures import At
 from tests.callbacks.training import BATCH, Regression, loader, privacy, trainer
 
@@ -24,14 +26,17 @@ APART = {0: "on_train_batch_start", 1: "on_before_optimizer_step"}
 def fit(directory: str, strategy: str, *callbacks: pl.Callback, **options: Any) -> dict[str, Any]:
     """Ten steps on two ranks, with a checkpoint after each four; what this rank says of it."""
     callback = privacy(test_seed=None, noise_multiplier=0.5, expected_batch_size=2 * BATCH)
-    saving = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=4, save_top_k=-1)
-    path = options.pop("ckpt_path", None)
+    saving = ModelCheckpoint(
+        directory, filename="{step}", every_n_train_steps=4, save_top_k=-1,
+        save_on_exception=options.pop("save_on_exception", False),
+    )  # fmt: skip
+    path, module = options.pop("ckpt_path", None), options.pop("module", Regression())
     options = {"max_steps": STEPS, "max_epochs": -1, "val_check_interval": 2, **options}
     options |= {"strategy": strategy, "devices": 2}
     made = trainer(Path(directory), callback, *callbacks, saving, **options)
     end = ""
     try:
-        made.fit(Regression(), loader(), loader(), ckpt_path=path)
+        made.fit(module, loader(), loader(), ckpt_path=path)
     except BaseException as error:  # noqa: BLE001 - this is what the tests look at
         end = type(error).__name__
     return {
@@ -43,6 +48,11 @@ def fit(directory: str, strategy: str, *callbacks: pl.Callback, **options: Any) 
         "noise": callback._noise_secret.hex(),
         "from": None if made.ckpt_path is None else Path(made.ckpt_path).name,
     }
+
+
+def go_on(directory: str, strategy: str, path: str) -> dict[str, Any]:
+    """From a checkpoint to the end."""
+    return fit(directory, strategy, ckpt_path=path)
 
 
 def signalled(
@@ -76,10 +86,27 @@ def started_by_slurm(directory: str, strategy: str, *callbacks: pl.Callback) -> 
     return fit(directory, strategy, *callbacks, plugins=[SLURMEnvironment(auto_requeue=True)])
 
 
+class Fails(Regression):
+    """Fails in its sixth step, when the pass is over."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step == 5:
+            raise LookupError("no such column")
+        return loss
+
+
+def fails(directory: str, strategy: str, ranks: list[int]) -> dict[str, Any]:
+    """Some ranks fail in their sixth step, and a checkpoint is written on it."""
+    world._PATIENCE, world._GRACE = timedelta(seconds=1), timedelta(seconds=20)
+    here = dist.get_rank() in ranks
+    module = Fails() if here else Regression()
+    return fit(directory, strategy, module=module, save_on_exception=True)
+
+
 def charged_in(path: Path) -> int:
     """How many steps a checkpoint charges."""
     file = path / "meta.pt" if path.is_dir() else path
     saved = torch.load(file, weights_only=True)
     state = saved["callbacks"]["lightning_privacy.DifferentialPrivacy"]
-    assert saved["global_step"] == state["steps"]
     return sum(release["count"] for release in state["ledger"]["releases"])

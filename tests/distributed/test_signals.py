@@ -114,12 +114,8 @@ def test_sigterm_ends_all_ranks_after_one_step(
     ends = [(rank["end"], rank["step"], rank["charged"]) for rank in said]
     assert ends == [("SIGTERMException", 6, 6)] * 2
     path = str(tmp_path / "step=4.ckpt")
-    again = processes.run(go_on, str(tmp_path), strategy, path)
+    again = processes.run(signal_jobs.go_on, str(tmp_path), strategy, path)
     assert [(rank["step"], rank["charged"]) for rank in again] == [(STEPS, 6 + 6)] * 2
-
-
-def go_on(directory: str, strategy: str, path: str) -> dict[str, Any]:
-    return signal_jobs.fit(directory, strategy, ckpt_path=path)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
