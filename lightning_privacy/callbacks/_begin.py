@@ -50,6 +50,8 @@ def checked_parameters(
     parameters = run.trainable()
     require_same(world, {name: parameter.numel() for name, parameter in parameters.items()})
     _validation.warn_compiled(module)
+    if world.is_first:
+        _validation.warn_restarted(trainer)
     _ranks.refuse_collectives(world, trainer, run)
     return parameters, RowChecks(settings, trainer, run, parameters).before_training()
 

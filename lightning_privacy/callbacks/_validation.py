@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from lightning.pytorch.callbacks import (
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule
     from torch import nn
     from torch.optim import Optimizer
+
+
+# How often torchrun, or SLURM, has started the same job before.
+_RESTARTS: Final = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 def refuse_trainer(trainer: Any, module: LightningModule, callback: Callback) -> None:
@@ -213,6 +218,24 @@ def state_missing(steps: int) -> GuaranteeError:
         remedy="resume from a checkpoint of a private fit; to start from weights that public "
         "data made, load them with load_from_checkpoint and fit without ckpt_path",
     )
+
+
+def warn_restarted(trainer: Any) -> None:
+    """Say that a job which was started again, and goes on from nothing, is another run.
+
+    Args:
+        trainer: The trainer of the fit, its checkpoint loaded if there is one.
+    """
+    found = [f"{name}={os.environ[name]}" for name in _RESTARTS if os.environ.get(name)]
+    again = [entry for entry in found if not entry.endswith("=0")]
+    if again and trainer.ckpt_path is None:
+        warnings.warn(
+            f"This job was started again ({', '.join(again)}), and the fit goes on from no "
+            "checkpoint: it is a run of its own, whose ε does not hold what the earlier ones have "
+            "spent. Pass fit(..., ckpt_path=newest_checkpoint(directory)); a PrivacyLedger adds up "
+            "what all have spent.",
+            stacklevel=2,
+        )
 
 
 def warn_compiled(module: nn.Module) -> None:

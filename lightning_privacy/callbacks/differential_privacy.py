@@ -25,7 +25,7 @@ from lightning_privacy.distributed import World
 from lightning_privacy.errors import GuaranteeError
 from lightning_privacy.reports import PrivacySummary, print_summary
 from lightning_privacy.sampling import PrivateLoader
-from lightning_privacy.strategies import joined, privatize, require_return, run_for
+from lightning_privacy.strategies import joined, note_flaw, privatize, require_return, run_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -310,13 +310,12 @@ class DifferentialPrivacy(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log ε and what the draw looked like, and stop before the budget would be exceeded."""
+        """Log ε and the draw, stop before the budget would be exceeded, and answer signals."""
         state = self._state
-        if state.finished:
-            trainer.should_stop = True
-        if trainer.barebones or self._so_far is None:
-            return
-        log_step(pl_module, self._so_far, state.ledger.count, self._tally, begun=not batch_idx)
+        trainer.should_stop |= state.finished
+        self._world.signals.answer()
+        if self._so_far is not None and not trainer.barebones:
+            log_step(pl_module, self._so_far, state.ledger.count, self._tally, begun=not batch_idx)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -339,6 +338,7 @@ class DifferentialPrivacy(Callback):
     ) -> None:
         """Give every parameter its own class back, close the books, and tell the other ranks."""
         world = self._world
+        note_flaw(trainer.strategy)
         self._close(trainer)
         log_early_end(self._state.ledger.count)
         world.fail(exception)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_privacy.distributed.exchange import Exchange, all_reduced
+from lightning_privacy.distributed.signals import Signals
 from lightning_privacy.distributed.watch import Watch
 from lightning_privacy.errors import (
     BudgetExceededError,
@@ -68,6 +69,7 @@ class World:
     Attributes:
         size: Number of processes R.
         rank: Number of this one, 0 to R - 1.
+        signals: What any rank was asked by a signal; every exchange tells the others.
     """
 
     lockstep = False
@@ -77,6 +79,7 @@ class World:
         self._control = control
         self.size: int = 1 if control is None else dist.get_world_size(control)
         self.rank: int = 0 if control is None else dist.get_rank(control)
+        self.signals = Signals()
         self._ended = False
         self._watch: Watch | None = None
 
@@ -263,7 +266,9 @@ class World:
         self, kind: int, place: tuple[int, int], value: Any, patience: timedelta | None = None
     ) -> tuple[list[list[int]], list[Any]]:
         words = b"" if value is None else json.dumps(value).encode()
-        heads = self._gather(torch.tensor([kind, *place, len(words)]), patience)
+        mine = torch.tensor([kind, *place, len(words), self.signals.asked()])
+        heads = self._gather(mine, patience)
+        self.signals.agree(int(head[4]) for head in heads)
         spoken: list[Any] = [None] * self.size
         longest = max(int(head[3]) for head in heads)
         if longest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_privacy.strategies.base import privatize
+from lightning_privacy.strategies.base import note_flaw, privatize
 from lightning_privacy.strategies.ddp import PrivateDDPStrategy
 from lightning_privacy.strategies.fsdp import PrivateFSDPStrategy
 from lightning_privacy.strategies.kinds import joined, run_for
@@ -17,6 +17,7 @@ __all__ = [
     "PrivateRun",
     "PrivateSingleDeviceStrategy",
     "joined",
+    "note_flaw",
     "privatize",
     "require_return",
     "require_same",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_privacy.errors import ConfigurationError, UnsupportedOperationError
 from lightning_privacy.strategies.launching import configure_launcher
 from lightning_privacy.strategies.replicas import replicate
+from lightning_privacy.strategies.signalling import answer_signals, take_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,9 +53,12 @@ def privatize(base: type[Strategy]) -> type[Strategy]:  # noqa: C901 - one class
     class Private(base):  # type: ignore[misc, valid-type]
         is_private = True
         private_run: PrivateRun | None = None
+        private_flaw: Exception | None = None
 
         def setup(self, trainer: Any) -> None:
             _require_callback_and_one_device(self, trainer)
+            if trainer.state.fn == "fit":
+                self.private_flaw = None
             super().setup(trainer)
 
         def process_dataloader(self, dataloader: object) -> object:
@@ -71,6 +75,18 @@ def privatize(base: type[Strategy]) -> type[Strategy]:  # noqa: C901 - one class
         def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **named: Any) -> Any:
             _require_file(self, checkpoint_path)
             return super().load_checkpoint(checkpoint_path, *arguments, **named)
+
+        def on_train_start(self) -> None:
+            super().on_train_start()
+            take_signals(self)
+
+        def on_validation_start(self) -> None:
+            super().on_validation_start()
+            take_signals(self)
+
+        def on_validation_end(self) -> None:
+            super().on_validation_end()
+            answer_signals(self)
 
         def on_train_end(self) -> None:
             super().on_train_end()
@@ -145,7 +161,25 @@ def _delivered(strategy: Any, batch: Any) -> Any:
     return batch
 
 
+def note_flaw(strategy: Any) -> None:
+    """Remember, when a fit fails in the midst of a step, whether its module may still be saved.
+
+    Checkpoints that are written on an exception come when the run is over, and nothing watches.
+
+    Args:
+        strategy: The trainer's strategy.
+    """
+    if getattr(strategy, "private_run", None) is not None:
+        strategy.private_run.abort()
+        try:
+            _verify_state(strategy, "in the step that failed")
+        except Exception as flaw:  # noqa: BLE001 - what cannot be verified is not saved either
+            strategy.private_flaw = flaw
+
+
 def _verify_state(strategy: Any, moment: str) -> None:
+    if strategy.private_flaw is not None:
+        raise strategy.private_flaw
     if strategy.private_run is not None:
         progress = strategy.lightning_module.trainer.fit_loop.epoch_progress.current
         # After the last epoch averaged weights may take the place of the trained ones.
