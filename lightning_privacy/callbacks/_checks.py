@@ -194,9 +194,10 @@ class RowChecks:
         except PrivacyError:
             raise
         except Exception:
-            # Some code cannot do with improbable draws.
             if draws is Draws.MIDDLE:
                 raise
+            # Some code cannot do with improbable draws.
+            self._compare_pair(probe, pair, Draws.MIDDLE, place)
 
     def _compare_company(self, probe: LossProbe, rows: Sequence[int] = ()) -> None:
         """Compare some rows; by default as many as a micro-batch has, if `_compare` saw fewer."""

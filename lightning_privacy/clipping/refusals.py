@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -57,6 +58,8 @@ def dependence(
         why = f"; batch normalisation at {', '.join(batch_norms[:4])}" if batch_norms else ""
         if name.endswith("_reverse"):
             why += "; the backward direction of a recurrent layer begins with the padding"
+        if found == math.inf:
+            why += "; one of them is not finite: a variance over the rows, of which one has none?"
         remedy = (
             "replace BatchNorm by GroupNorm; compute losses and scalings from one example at a "
             "time; keep the batch as first dimension; pad to a fixed length where padding matters"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.errors import GuaranteeError
-from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
+from tests.callbacks.training import LIGHTNING_NOISE, Regression, data, loader, privacy, trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,6 +73,75 @@ def test_a_coupling_in_full_batches_only_is_refused(tmp_path: Path, kind: type[R
     with pytest.raises(GuaranteeError, match=r"rows together differ|a row's gradient in a batch"):
         trainer(tmp_path, callback).fit(kind(), loader(batch_size=WIDE))
     assert not callback.steps
+
+
+@pytest.mark.parametrize("kind", [HardestOnly, CentredWhenLarge, Capacity])
+def test_rows_without_a_finite_gradient_hide_no_coupling_of_the_others(
+    tmp_path: Path, kind: type[Rows]
+) -> None:
+    broken = data()
+    broken.tensors[0][::2, 1] = torch.nan
+    for module in (Rows(), kind()):
+        callback = privacy()
+        fit = trainer(tmp_path, callback)
+        rows = DataLoader(broken, batch_size=WIDE)
+        if type(module) is Rows:
+            fit.fit(module, rows)
+            assert callback.steps == 2
+            continue
+        with pytest.raises(GuaranteeError, match="rows together differ"):
+            fit.fit(module, rows)
+        assert not callback.steps
+
+
+class Standardised(Rows):
+    """By the standard deviation over the batch, which a single row has not: it is NaN then."""
+
+    since = 0
+
+    def losses(self, batch: Any) -> Tensor:
+        x, y = batch
+        if self.global_step >= self.since:
+            x = x - x.mean(0)
+            x = x / (x.square().sum(0) / (len(x) - 1)).sqrt()
+        return super().losses((x, y))
+
+
+class StandardisedLater(Standardised):
+    since = 2
+
+
+class CannotDoWithImprobableDraws(StandardisedLater):
+    def losses(self, batch: Any) -> Tensor:
+        if not 0.1 < torch.rand(()) < 0.9 and self.global_step:
+            raise RuntimeError("no room for all that fell out")
+        return super().losses(batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return super().training_step(batch, batch_idx)
+
+
+class Decorrelated(Rows):
+    """Covariances of activations, divided by one less than the rows."""
+
+    def reduced(self, losses: Tensor, batch: Any) -> Tensor:
+        hidden = self.net[0](batch[0])
+        centred = hidden - hidden.mean(0)
+        return losses.mean() + (centred.T @ centred / (len(hidden) - 1)).square().sum()
+
+
+@pytest.mark.parametrize(
+    "kind", [Standardised, StandardisedLater, CannotDoWithImprobableDraws, Decorrelated]
+)
+def test_a_gradient_that_is_finite_in_company_only_is_refused(
+    tmp_path: Path, kind: type[Rows]
+) -> None:
+    callback = privacy()
+    with pytest.raises(GuaranteeError, match="a variance over the rows"):
+        trainer(tmp_path, callback).fit(kind(), loader())
+    assert callback.steps == getattr(kind, "since", 0)
 
 
 def test_full_batches_of_independent_rows_pass(tmp_path: Path) -> None:
@@ -242,11 +311,11 @@ def test_a_collate_function_that_drops_rows_is_refused(tmp_path: Path) -> None:
     broken = frames.clone()
     broken[::100] = torch.nan
     settings = {"sample_rate": 1.0, "expected_batch_size": 400}
-    for data in (frames, broken):
-        rows = TensorDataset(data, data.sum((1, 2)))
+    for given in (frames, broken):
+        rows = TensorDataset(given, given.sum((1, 2)))
         batches = DataLoader(rows, batch_size=4, collate_fn=readable)
         fit = trainer(tmp_path, privacy(**settings))
-        if data is frames:
+        if given is frames:
             fit.fit(Frames(), batches)
             continue
         with pytest.raises(GuaranteeError):
