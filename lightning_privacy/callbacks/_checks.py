@@ -160,12 +160,20 @@ class RowChecks:
         row, check = probe.rows(1), self._check(CompanyCheck, probe)
         with attributes_kept(self._module), preserved_state(self._module):
             now = check.gradient(row)
-        try:
-            with attributes_kept(self._module), self._attributes.as_before(names):
-                before = check.gradient(row)
-        except (AttributeError, KeyError, IndexError, TypeError):
-            return 0.0  # what the first hook made is not there: then nothing can be said
-        if not (finite(now) and finite(before)):
+        kept = self._attributes
+        # What the first hook made was not there before: then other values tell as much.
+        for others in (kept.as_before, kept.as_before_with_flags, kept.altered):
+            try:
+                with attributes_kept(self._module), others(names):
+                    before = check.gradient(row)
+                break
+            except PrivacyError:
+                raise
+            except Exception:  # noqa: BLE001, S112 - the next one
+                continue
+        else:
+            return 0.0
+        if not finite(now) and not finite(before):
             return 0.0
         low = "16" in str(self._trainer.precision)
         found = difference(now, before, floor=self._negligible(), low_precision=low)[0]
