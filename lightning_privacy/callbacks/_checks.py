@@ -117,6 +117,7 @@ class RowChecks:
         with attributes_kept(self._module), preserved_state(self._module):
             probe = LossProbe(self._trainer, loader, self._run, arguments)
             pair = probe.rows(2)
+            probe.learn_rows(pair[0])  # the loader may be another one than before the first step
             probe.require_rows_apart(pair)
             draws = Draws(self._repeated % len(Draws))
             self._compare_pair(probe, pair, draws, self._repeated % 2)

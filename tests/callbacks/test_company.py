@@ -322,6 +322,46 @@ def test_a_collate_function_that_drops_rows_is_refused(tmp_path: Path) -> None:
             fit.fit(Frames(), batches)
 
 
+class Reloaded(pl.LightningDataModule):
+    """From the third epoch on there are rows that cannot be read."""
+
+    def __init__(self, batches: Any) -> None:
+        super().__init__()
+        self.batches, self.times = batches, 0
+
+    def train_dataloader(self) -> Any:
+        self.times += 1
+        return self.batches(broken=self.times > 2)
+
+
+class Listed(Frames):
+    """A batch is a list of rows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss([torch.stack(part) for part in zip(*batch, strict=True)])
+
+
+@pytest.mark.parametrize("kind", [Frames, Listed])
+def test_rows_dropped_by_a_loader_of_a_later_epoch_are_refused(
+    tmp_path: Path, kind: type[Frames]
+) -> None:
+    frames = torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1))
+
+    def batches(*, broken: bool) -> DataLoader:
+        given = frames.clone()
+        given[:: 100 if broken else 1000, 0, 0] = torch.nan if broken else 0.0
+        rows = TensorDataset(given, given.sum((1, 2)))
+        listed = lambda rows: [row for row in rows if row[0].isfinite().all()]  # noqa: E731
+        collate = readable if kind is Frames else listed
+        return DataLoader(rows, batch_size=4, collate_fn=collate)
+
+    callback = privacy(sample_rate=1.0, expected_batch_size=400)
+    fit = trainer(tmp_path, callback, max_epochs=9, reload_dataloaders_every_n_epochs=1)
+    with pytest.raises(GuaranteeError, match="3 rows made of 4"):
+        fit.fit(kind(), datamodule=Reloaded(batches))
+    assert callback.steps == 2
+
+
 class Begins(Regression):
     """Uses a layer from the fourth step on only: between two checks."""
 
