@@ -122,7 +122,7 @@ class RowChecks:
             draws = Draws(self._repeated % len(Draws))
             self._compare_pair(probe, pair, draws, self._repeated % 2)
             if self._repeated % _COMPANY_EVERY == 0:
-                self._compare_company(probe)
+                self._compare_company(probe, probe.company())
             waiting -= self._layouts.confirm()
             # Perhaps rows decide what is used. Where passes communicate, all ranks make as many.
             for micro in loader.current if waiting and not self._run.world.lockstep else ():

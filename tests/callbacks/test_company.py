@@ -167,6 +167,21 @@ def test_full_batches_are_compared_again(tmp_path: Path) -> None:
     assert 2 < callback.steps <= 4
 
 
+class LaterInThreesAndMore(Rows):
+    """Two rows never show it, and it is not there when eight are compared before the first step."""
+
+    def reduced(self, losses: Tensor, batch: Any) -> Tensor:
+        mixed = self.global_step and len(losses) > 2
+        return (losses * losses.detach().mean() if mixed else losses).mean()
+
+
+def test_batches_of_a_few_rows_are_compared_again_as_a_whole(tmp_path: Path) -> None:
+    callback = privacy()
+    with pytest.raises(GuaranteeError, match="8 rows together differ"):
+        trainer(tmp_path, callback, max_epochs=20).fit(LaterInThreesAndMore(), loader(batch_size=8))
+    assert callback.steps == 4
+
+
 class ScalesInBackward(Regression):
     def backward(self, loss: Tensor, *arguments: Any, **named: Any) -> None:
         (loss * loss.detach()).backward(*arguments, **named)
