@@ -8,6 +8,7 @@ with the present attributes and with those from before the first step.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,16 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_privacy.errors import GuaranteeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _CONTAINERS = (list, tuple, deque, dict)
+_NUMBERS = (Tensor, np.ndarray, float, np.floating)
+# So many containers within one another are looked into.
+_DEPTH = 3
 # An attribute that holds more numbers than this is not watched: copying it would cost memory.
 _MOST = 10**7
 _ABSENT = object()
@@ -32,8 +35,9 @@ _ABSENT = object()
 class Attributes:
     """The plain attributes of a module that hold tensors or real numbers, as they once were.
 
-    Whole numbers are left out: they count, and are no statistics. So are the module's own
-    parameters, which `nn.LSTM` keeps a second time in a list: private steps change them.
+    States of metrics are among them. Whole numbers are left out: they count, and are no statistics.
+    So are the module's own parameters, which `nn.LSTM` keeps a second time in a list: private steps
+    change them.
 
     Args:
         module: The module to be trained, before the first step.
@@ -43,13 +47,17 @@ class Attributes:
     def __init__(self, module: nn.Module, independent: Sequence[str] = ()) -> None:
         self._module, self._independent = module, frozenset(independent)
         own = self._own()
-        self._before = {name: _copied(value, own) for name, _, _, value in self._walk()}
+        # Those without numbers, too: what is None or empty now may be a statistic later.
+        self._before = {
+            name: value if _size(value) > _MOST else _mapped(value, own, _copied)
+            for name, _, _, value in self._walk()
+        }
 
     def changed(self) -> dict[str, bool]:
         """Names of what is not as it was, and whether it holds tensors (or single numbers)."""
         found = {}
         for name, _, _, value in self._walk():
-            if not _equal(self._before.get(name, _ABSENT), value):
+            if _watched(value) and not _equal(self._before.get(name, _ABSENT), value):
                 found[name] = any(isinstance(part, Tensor | np.ndarray) for part in _parts(value))
         return found
 
@@ -60,22 +68,51 @@ class Attributes:
         Args:
             names: Whose.
         """
-        places = [(held, key, value) for name, held, key, value in self._walk() if name in names]
         own = self._own()
-        old = [
-            _copied(self._before[name], own) if name in self._before else _ABSENT
-            for name, *_ in self._walk()
-            if name in names
+        with self._replaced(
+            names, lambda name, _: _mapped(self._before.get(name, _ABSENT), own, _copied)
+        ):
+            yield
+
+    @contextmanager
+    def as_before_with_flags(self, names: Sequence[str]) -> Iterator[None]:
+        """The same, and flags: one may say that something was made, which is then made again.
+
+        Args:
+            names: Whose.
+        """
+        flags = [
+            name
+            for name, _, _, value in self._walk()
+            if isinstance(value, bool) and self._before.get(name, _ABSENT) is not value
         ]
+        with self.as_before([*names, *flags]):
+            yield
+
+    @contextmanager
+    def altered(self, names: Sequence[str]) -> Iterator[None]:
+        """Put other values into the places of the present ones: where there were none before.
+
+        Args:
+            names: Whose.
+        """
+        own = self._own()
+        with self._replaced(names, lambda _, value: _mapped(value, own, _altered)):
+            yield
+
+    @contextmanager
+    def _replaced(self, names: Sequence[str], new: Callable[[str, Any], Any]) -> Iterator[None]:
+        places = [(name, *place) for name, *place in self._walk() if name in names]
+        values = [new(name, value) for name, _, _, value in places]
         try:
-            for (held, key, _), value in zip(places, old, strict=True):
+            for (_, held, key, _), value in zip(places, values, strict=True):
                 if value is _ABSENT:
                     held.pop(key, None)
                 else:
                     held[key] = value
             yield
         finally:
-            for held, key, value in places:
+            for _, held, key, value in places:
                 held[key] = value
 
     def _own(self) -> set[int]:
@@ -84,13 +121,11 @@ class Attributes:
     def _walk(self) -> list[tuple[str, dict[str, Any], str, Any]]:
         """Name, where it is held, under which key, and its value."""
         return [
-            (f"{prefix}.{key}" if prefix else key, vars(part), key, value)
+            (name, vars(part), key, value)
             for prefix, part in self._module.named_modules()
-            if not isinstance(part, Metric)
             for key, value in vars(part).items()
             if key not in _INTERNAL
-            and _watched(value)
-            and (f"{prefix}.{key}" if prefix else key) not in self._independent
+            and (name := f"{prefix}.{key}" if prefix else key) not in self._independent
         ]
 
 
@@ -135,38 +170,53 @@ _INTERNAL = frozenset(vars(LightningModule()))
 
 
 def _watched(value: object) -> bool:
+    return any(isinstance(part, _NUMBERS) for part in _parts(value)) and _size(value) <= _MOST
+
+
+def _size(value: object) -> int:
+    """How many numbers it holds in tensors and arrays."""
     parts = _parts(value)
-    numbers = [part for part in parts if isinstance(part, Tensor | np.ndarray | float)]
-    size = sum(
-        part.size if isinstance(part, np.ndarray) else part.numel()
-        for part in numbers
-        if not isinstance(part, float)
-    )
-    return bool(numbers) and size <= _MOST
+    tensors = sum(part.numel() for part in parts if isinstance(part, Tensor))
+    return tensors + sum(part.size for part in parts if isinstance(part, np.ndarray))
 
 
-def _parts(value: object) -> list[object]:
-    """What it is, or what it holds one level down."""
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple | deque) else [value]
+def _parts(value: object, depth: int = _DEPTH) -> list[object]:
+    """What it is, or what it holds some levels down."""
+    if not depth or not isinstance(value, _CONTAINERS):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value
+    return [part for held in inner for part in _parts(held, depth - 1)]
 
 
-def _copied(value: Any, own: set[int]) -> Any:
-    """A copy, in which the module's own parameters are themselves."""
+def _mapped(value: Any, own: set[int], new: Callable[[Any], Any], depth: int = _DEPTH) -> Any:
+    """The same with new parts, but that the module's own parameters are themselves."""
     if id(value) in own:
         return value
+    if not depth or not isinstance(value, _CONTAINERS):
+        return new(value)
+    if isinstance(value, tuple):
+        parts = [_mapped(part, own, new, depth - 1) for part in value]
+        return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+    made = copy.copy(value)
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        made[key] = _mapped(part, own, new, depth - 1)
+    return made
+
+
+def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if type(value) is dict:
-        return {key: _copied(part, own) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(part, own) for part in value)
-    if type(value) is deque:
-        return deque((_copied(part, own) for part in value), value.maxlen)
-    return value
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def _altered(value: Any) -> Any:
+    """Another value that is as good: of the same sign if that is positive, and finite."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return 2 * value + 1 if value.is_floating_point() else value.flip([*range(value.dim())])
+    if isinstance(value, np.ndarray) and value.dtype.kind != "f":
+        return np.flip(value)
+    return 2 * value + 1 if isinstance(value, _NUMBERS) else value
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -12,6 +12,7 @@ from lightning_privacy.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from lightning_privacy.accounting import GaussianRelease
+    from lightning_privacy.accounting.budget import LedgerEntry
     from lightning_privacy.callbacks._state import RunState
 
 
@@ -68,9 +69,12 @@ class Bookings:
         if self._ledger is None:
             return
         assert state.plan is not None
+        entries = self._ledger.entries()
+        if any(entry.run == state.run and _knows_more(entry, state) for entry in entries):
+            state.branch()
         to_come = state.plan.release(max(0, state.plan.steps - state.ledger.count))
         releases = self._public([*state.ledger.releases, to_come], state)
-        entries, unit = self._ledger.entries(), f"{_UNIT}{state.plan.unit}"
+        unit = f"{_UNIT}{state.plan.unit}"
         for entry in entries:
             if entry.note.startswith(_UNIT) and entry.note != unit:
                 raise _other_unit(unit, entry.note)
@@ -112,6 +116,15 @@ class Bookings:
             return releases
         # Noise that can be recomputed is none.
         return [dataclasses.replace(release, noise_multiplier=0.0) for release in releases]
+
+
+def _knows_more(entry: LedgerEntry, state: RunState) -> bool:
+    """Whether a run of this name has ended with steps that the run's own journal has not.
+
+    Then the journal is a copy: another continuation of the same checkpoint has made them.
+    """
+    settled = sum(release.count for release in entry.releases) if entry.settled else 0
+    return settled > state.ledger.count
 
 
 def _other_unit(here: str, there: str) -> ConfigurationError:

@@ -117,11 +117,12 @@ class RowChecks:
         with attributes_kept(self._module), preserved_state(self._module):
             probe = LossProbe(self._trainer, loader, self._run, arguments)
             pair = probe.rows(2)
+            probe.learn_rows(pair[0])  # the loader may be another one than before the first step
             probe.require_rows_apart(pair)
             draws = Draws(self._repeated % len(Draws))
             self._compare_pair(probe, pair, draws, self._repeated % 2)
             if self._repeated % _COMPANY_EVERY == 0:
-                self._compare_company(probe)
+                self._compare_company(probe, probe.company())
             waiting -= self._layouts.confirm()
             # Perhaps rows decide what is used. Where passes communicate, all ranks make as many.
             for micro in loader.current if waiting and not self._run.world.lockstep else ():
@@ -160,12 +161,20 @@ class RowChecks:
         row, check = probe.rows(1), self._check(CompanyCheck, probe)
         with attributes_kept(self._module), preserved_state(self._module):
             now = check.gradient(row)
-        try:
-            with attributes_kept(self._module), self._attributes.as_before(names):
-                before = check.gradient(row)
-        except (AttributeError, KeyError, IndexError, TypeError):
-            return 0.0  # what the first hook made is not there: then nothing can be said
-        if not (finite(now) and finite(before)):
+        kept = self._attributes
+        # What the first hook made was not there before: then other values tell as much.
+        for others in (kept.as_before, kept.as_before_with_flags, kept.altered):
+            try:
+                with attributes_kept(self._module), others(names):
+                    before = check.gradient(row)
+                break
+            except PrivacyError:
+                raise
+            except Exception:  # noqa: BLE001, S112 - the next one
+                continue
+        else:
+            return 0.0
+        if not finite(now) and not finite(before):
             return 0.0
         low = "16" in str(self._trainer.precision)
         found = difference(now, before, floor=self._negligible(), low_precision=low)[0]
@@ -194,9 +203,10 @@ class RowChecks:
         except PrivacyError:
             raise
         except Exception:
-            # Some code cannot do with improbable draws.
             if draws is Draws.MIDDLE:
                 raise
+            # Some code cannot do with improbable draws.
+            self._compare_pair(probe, pair, Draws.MIDDLE, place)
 
     def _compare_company(self, probe: LossProbe, rows: Sequence[int] = ()) -> None:
         """Compare some rows; by default as many as a micro-batch has, if `_compare` saw fewer."""

@@ -252,7 +252,11 @@ class RunState:
             # Two lineages go on as one, under a name and a journal of its own.
             for release in before.releases:
                 self.ledger.record(release)
-            self.run, self.journal = secrets.token_hex(8), None
+            self.branch()
+
+    def branch(self) -> None:
+        """Go on as a lineage of its own, with a name and a journal of its own."""
+        self.run, self.journal = secrets.token_hex(8), None
 
     def _charge_journal(self, written: Path, directories: Sequence[Path]) -> None:
         places = {written, *(directory / written.name for directory in directories)}

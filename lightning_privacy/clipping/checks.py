@@ -111,9 +111,9 @@ def check_independence(
         for i, index in enumerate(rows):
             own = row_of(together, i, parameters, scale)
             alone = _alone(parameters, loss_of, index)
-            if not finite(alone):
+            if not finite(alone) and not finite(own):
                 continue  # such a row contributes zero to any sum
-            if i == 0:
+            if i == 0 and finite(alone):
                 _require_no_memory(first, alone, tolerance, low)
             found, name = difference(own, alone, low_precision=low)
             if not found <= tolerance:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import lightning_privacy.clipping.ops  # noqa: F401 - registers the rules
+from lightning_privacy.clipping.contributions import squared_norms
 from lightning_privacy.clipping.products import full_precision
 from lightning_privacy.clipping.randomness import preserved_state, steady, without_randomness
 from lightning_privacy.clipping.refusals import dependence
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 # Other places in the batch show how much rounding can do; and rounding does no more than this.
 _NOISE_FACTOR, _MOST_NOISE = 5.0, 2.0
+# So many rows without a finite gradient are computed alone, too.
+_FEW = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +58,12 @@ class CompanyCheck(GradientCheck):
         signs = {row: secrets.choice((-1.0, 1.0)) for row in rows}
         still, loss_of = without_randomness(), steady(self.loss_of)
         with preserved_state(self.module), still, full_precision(), torch.enable_grad():
-            whole = self._signed(loss_of, rows, signs)
-            halves = self._signed(loss_of, rows[::2], signs)
-            for name, part in self._signed(loss_of, rows[1::2], signs).items():
-                halves[name] = halves[name] + part if name in halves else part
-            # A row whose gradient is not finite contributes zero, and hides the others here.
+            whole, halves = self._whole_and_halves(loss_of, rows, signs)
             if not (finite(whole) and finite(halves)):
+                # A row whose gradient is not finite contributes zero, and hides the others here.
+                rows = self._finite_rows(loss_of, rows)
+                whole, halves = self._whole_and_halves(loss_of, rows, signs)
+            if len(rows) < 2:
                 return
             low, floor = still.low_precision, self.negligible * math.sqrt(len(rows))
             found, name = difference(whole, halves, floor=floor, low_precision=low)
@@ -87,6 +90,32 @@ class CompanyCheck(GradientCheck):
         still = without_randomness()
         with preserved_state(self.module), still, full_precision(), torch.enable_grad():
             return self._signed(loss_of, rows, dict.fromkeys(rows, 1.0))
+
+    def _whole_and_halves(
+        self, loss_of: LossOf, rows: Sequence[int], signs: Mapping[int, float]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The signed sums of all rows in one batch, and of the same in two."""
+        halves: dict[str, Tensor] = {}
+        for half in filter(len, (rows[::2], rows[1::2])):
+            for name, part in self._signed(loss_of, half, signs).items():
+                halves[name] = halves[name] + part if name in halves else part
+        return (self._signed(loss_of, rows, signs) if len(rows) else {}), halves
+
+    def _finite_rows(self, loss_of: LossOf, rows: Sequence[int]) -> list[int]:
+        """Those whose gradient is finite; of some others, whether it is not so alone either."""
+        lost = self._lost(loss_of, rows)
+        for row in [row for row in rows if row in lost][:_FEW]:
+            if not self._lost(loss_of, [row]):
+                name, tolerance = next(iter(self.parameters)), tolerance_of(self.parameters, False)
+                raise dependence(self.module, name, math.inf, tolerance, None, rows=len(rows))
+        return [row for row in rows if row not in lost]
+
+    def _lost(self, loss_of: LossOf, rows: Sequence[int]) -> set[int]:
+        """Rows that a private step would leave out."""
+        found = captured(self.parameters, loss_of, rows, self.layouts) or {}
+        norms = torch.stack([torch.zeros(len(rows)), *(n.cpu() for n in squared_norms(found))])
+        finite_norms = norms.sum(0).isfinite().tolist()
+        return {row for row, kept in zip(rows, finite_norms, strict=True) if not kept}
 
     def _signed(
         self, loss_of: LossOf, rows: Sequence[int], signs: Mapping[int, float]

@@ -86,10 +86,11 @@ class PairCheck(GradientCheck):
                 self._batch(loss_of, rows) for rows in (pair[place:][:1], pair, pair[place:][:1])
             )
             require_covered(self.module, self.parameters.values(), [first.loss, alone.loss])
-            own = alone.gradients[0]
-            if finite(own):  # otherwise the row contributes zero to any sum
+            own, shared = alone.gradients[0], together.gradients[place]
+            if finite(own):
                 self._require_same(first.gradients[0], own, still.low_precision)
-                shared = together.gradients[place]
+            # Otherwise the row contributes zero to any sum, alone as in company.
+            if finite(own) or finite(shared):
                 self._require_own(loss_of, pair[place], shared, own, still.low_precision)
             self.labels.learn(alone.means, together.means)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -51,6 +52,8 @@ def dependence(
         )
     else:
         why = _suspects(module, name)
+        if found == math.inf:
+            why += "; one of them is not finite: a variance over the rows, of which one has none?"
         remedy = (
             "replace BatchNorm by GroupNorm, spectral by weight normalisation; compute losses and "
             "scalings from one example at a time; keep the batch as first dimension; pad to a "

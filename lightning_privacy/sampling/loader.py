@@ -140,6 +140,19 @@ class PrivateLoader:
     def _iterator(self, iterator: Any) -> None:
         self._loader._iterator = iterator
 
+    def after(self, earlier: PrivateLoader | None) -> PrivateLoader:
+        """Takes over what an earlier loader of the same fit has learnt of batches.
+
+        Args:
+            earlier: That loader; None for none.
+
+        Returns:
+            This loader.
+        """
+        if earlier is not None:
+            self.rows = earlier.rows
+        return self
+
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing: the position belongs to the run's privacy state, not to the loader.
 

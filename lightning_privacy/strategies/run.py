@@ -89,8 +89,7 @@ class PrivateRun:
         independent_buffers: Sequence[str] = (),
         world: World | None = None,
     ) -> None:
-        self.strategy = strategy
-        self.world = world or World()
+        self.strategy, self.world = strategy, world or World()
         self.loader: PrivateLoader | None = None
         self.step: PrivateStep | None = None
         self._covered: frozenset[int] = frozenset()
@@ -126,7 +125,8 @@ class PrivateRun:
         reloads = self.trainer.reload_dataloaders_every_n_epochs
         if self.loader is not None and self.step is None and not reloads:
             raise loaders_refused("train_dataloader gives several")
-        self.loader = self.world.together(lambda: self._prepare_loader(dataloader))
+        fresh = self.world.together(lambda: self._prepare_loader(dataloader))
+        self.loader = fresh.after(self.loader)
         return self.loader
 
     def hand_out(self, ordinary: Callable[[Any], None], batch: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict, defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,6 +95,119 @@ def test_a_loss_that_reads_what_a_hook_kept_is_refused(
     with pytest.raises(GuaranteeError, match="as before the first step"):
         trainer(tmp_path, callback).fit(make(), loader(batch_size=batch_size))
     assert callback.steps <= 2
+
+
+class FromTheSecondStep(KeepsTensor):
+    """Read only where a hook has made it: there is no value from before the first step."""
+
+    def factor(self) -> Any:
+        return self.scale if self.global_step else 1.0
+
+
+class OrOne(KeepsTensor):
+    def factor(self) -> Any:
+        return 1.0 if self.scale is None else self.scale
+
+
+class Divides(KeepsTensor):
+    def factor(self) -> Any:
+        return 1 / self.scale if self.global_step else 1.0
+
+
+class KeepsTable(Keeps):
+    def factor(self) -> Any:
+        return self.table["mean"]["of all"] if self.table["mean"] else 1.0
+
+    def keep(self, batch: Any) -> None:
+        self.table["mean"]["of all"] = batch[0].abs().mean()
+
+
+class KeepsMetric(Keeps):
+    """The running mean of a metric, which checks give back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torchmetrics.MeanMetric()
+
+    def factor(self) -> Any:
+        return 1 + self.mean.compute() if self.global_step else 1.0
+
+    def keep(self, batch: Any) -> None:
+        self.mean.update(batch[0].abs().mean())
+
+
+class EmptyAtFirst(KeepsQueue):
+    def factor(self) -> Any:
+        return 1 + torch.stack([*self.queue]).sum() if self.global_step else 1.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        FromTheSecondStep,
+        lambda: OrOne(scale=None),
+        lambda: FromTheSecondStep(scale=None),
+        lambda: Divides(scale=torch.zeros(())),
+        lambda: EmptyAtFirst(queue=[]),
+        lambda: EmptyAtFirst(queue=deque(maxlen=4)),
+        lambda: KeepsTable(table=defaultdict(dict)),
+        lambda: KeepsTable(table=OrderedDict(mean={"of all": torch.tensor(1.0)})),
+        KeepsMetric,
+    ],
+    ids=[
+        "made later", "None", "None and not asked", "zero", "empty", "empty deque", "defaultdict",
+        "nested", "metric",
+    ],
+)  # fmt: skip
+def test_it_does_not_matter_what_was_there_before_the_first_step(tmp_path: Path, make: Any) -> None:
+    callback = privacy(expected_batch_size=4)
+    with pytest.raises(GuaranteeError, match="as before the first step"):
+        trainer(tmp_path, callback).fit(make(), loader())
+    assert callback.steps <= 2
+
+
+class MadeOnce(Keeps):
+    """A table that no data entered, made when it is first needed."""
+
+    def __init__(self, *, flag: bool) -> None:
+        super().__init__()
+        self.flag, self.made, self.table = flag, False, None
+
+    def factor(self) -> Any:
+        if not self.made if self.flag else self.table is None:
+            self.table, self.made = torch.full((), 0.5), True
+        return self.table
+
+    def keep(self, batch: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_table_that_is_made_when_it_is_first_needed_passes(tmp_path: Path, flag: bool) -> None:
+    callback = privacy()
+    trainer(tmp_path, callback).fit(MadeOnce(flag=flag), loader())
+    assert callback.steps == 10
+
+
+def test_metrics_that_no_loss_reads_pass(tmp_path: Path) -> None:
+    class Logs(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.all = torchmetrics.MeanMetric(), torchmetrics.CatMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.mean(loss)
+            self.all.update(loss)
+            self.log("mean", self.mean)
+            return loss
+
+    callback, module = privacy(), Logs()
+    fit = trainer(tmp_path, callback)
+    fit.fit(module, loader())
+    assert callback.steps == 10
+    assert len(module.all.value) == len(module.calls)
+    assert "mean" in fit.callback_metrics
 
 
 def test_a_callback_that_keeps_it_on_the_module_is_found(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,27 @@ def test_a_resume_uses_the_run_s_own_entry(tmp_path: Path, ledger: PrivacyLedger
     assert entry.settled
     # Three steps, of which the third was lost with the weights, and six from the second on.
     assert sum(release.count for release in entry.releases) == 9
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_two_continuations_of_a_copied_checkpoint_are_both_charged(
+    tmp_path: Path, ledger: PrivacyLedger
+) -> None:
+    saving = pl.callbacks.ModelCheckpoint(tmp_path / "run", save_last=True)
+    fitted(tmp_path, ledger, saving, max_steps=4)
+    for name in ("a", "b"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    for name in ("a", "b"):
+        last = tmp_path / name / "last.ckpt"
+        saving = pl.callbacks.ModelCheckpoint(tmp_path / name, save_last=True)
+        continued = {"max_steps": 9, "max_epochs": 9, "ckpt_path": last}
+        assert fitted(tmp_path, ledger, saving, **continued).steps == 9
+    # The second one does not know of the first one's steps, and is charged beside it.
+    assert [sum(r.count for r in entry.releases) for entry in ledger.entries()] == [9, 9]
+    again = newest_checkpoint(tmp_path / "b")
+    fitted(tmp_path, ledger, max_steps=11, max_epochs=9, ckpt_path=again)
+    assert [sum(r.count for r in entry.releases) for entry in ledger.entries()] == [9, 11]
 
 
 def test_a_clock_that_goes_back_neither_loses_nor_doubles_spending(

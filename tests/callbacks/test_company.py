@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.errors import GuaranteeError
-from tests.callbacks.training import LIGHTNING_NOISE, Regression, loader, privacy, trainer
+from tests.callbacks.training import LIGHTNING_NOISE, Regression, data, loader, privacy, trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,6 +75,75 @@ def test_a_coupling_in_full_batches_only_is_refused(tmp_path: Path, kind: type[R
     assert not callback.steps
 
 
+@pytest.mark.parametrize("kind", [HardestOnly, CentredWhenLarge, Capacity])
+def test_rows_without_a_finite_gradient_hide_no_coupling_of_the_others(
+    tmp_path: Path, kind: type[Rows]
+) -> None:
+    broken = data()
+    broken.tensors[0][::2, 1] = torch.nan
+    for module in (Rows(), kind()):
+        callback = privacy()
+        fit = trainer(tmp_path, callback)
+        rows = DataLoader(broken, batch_size=WIDE)
+        if type(module) is Rows:
+            fit.fit(module, rows)
+            assert callback.steps == 2
+            continue
+        with pytest.raises(GuaranteeError, match="rows together differ"):
+            fit.fit(module, rows)
+        assert not callback.steps
+
+
+class Standardised(Rows):
+    """By the standard deviation over the batch, which a single row has not: it is NaN then."""
+
+    since = 0
+
+    def losses(self, batch: Any) -> Tensor:
+        x, y = batch
+        if self.global_step >= self.since:
+            x = x - x.mean(0)
+            x = x / (x.square().sum(0) / (len(x) - 1)).sqrt()
+        return super().losses((x, y))
+
+
+class StandardisedLater(Standardised):
+    since = 2
+
+
+class CannotDoWithImprobableDraws(StandardisedLater):
+    def losses(self, batch: Any) -> Tensor:
+        if not 0.1 < torch.rand(()) < 0.9 and self.global_step:
+            raise RuntimeError("no room for all that fell out")
+        return super().losses(batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return super().training_step(batch, batch_idx)
+
+
+class Decorrelated(Rows):
+    """Covariances of activations, divided by one less than the rows."""
+
+    def reduced(self, losses: Tensor, batch: Any) -> Tensor:
+        hidden = self.net[0](batch[0])
+        centred = hidden - hidden.mean(0)
+        return losses.mean() + (centred.T @ centred / (len(hidden) - 1)).square().sum()
+
+
+@pytest.mark.parametrize(
+    "kind", [Standardised, StandardisedLater, CannotDoWithImprobableDraws, Decorrelated]
+)
+def test_a_gradient_that_is_finite_in_company_only_is_refused(
+    tmp_path: Path, kind: type[Rows]
+) -> None:
+    callback = privacy()
+    with pytest.raises(GuaranteeError, match="a variance over the rows"):
+        trainer(tmp_path, callback).fit(kind(), loader())
+    assert callback.steps == getattr(kind, "since", 0)
+
+
 def test_full_batches_of_independent_rows_pass(tmp_path: Path) -> None:
     for clipping in ("flat", "automatic"):
         callback = privacy(clipping=clipping)
@@ -96,6 +165,21 @@ def test_full_batches_are_compared_again(tmp_path: Path) -> None:
             LaterInFullBatches(), loader(batch_size=WIDE)
         )
     assert 2 < callback.steps <= 4
+
+
+class LaterInThreesAndMore(Rows):
+    """Two rows never show it, and it is not there when eight are compared before the first step."""
+
+    def reduced(self, losses: Tensor, batch: Any) -> Tensor:
+        mixed = self.global_step and len(losses) > 2
+        return (losses * losses.detach().mean() if mixed else losses).mean()
+
+
+def test_batches_of_a_few_rows_are_compared_again_as_a_whole(tmp_path: Path) -> None:
+    callback = privacy()
+    with pytest.raises(GuaranteeError, match="8 rows together differ"):
+        trainer(tmp_path, callback, max_epochs=20).fit(LaterInThreesAndMore(), loader(batch_size=8))
+    assert callback.steps == 4
 
 
 class ScalesInBackward(Regression):
@@ -242,15 +326,55 @@ def test_a_collate_function_that_drops_rows_is_refused(tmp_path: Path) -> None:
     broken = frames.clone()
     broken[::100] = torch.nan
     settings = {"sample_rate": 1.0, "expected_batch_size": 400}
-    for data in (frames, broken):
-        rows = TensorDataset(data, data.sum((1, 2)))
+    for given in (frames, broken):
+        rows = TensorDataset(given, given.sum((1, 2)))
         batches = DataLoader(rows, batch_size=4, collate_fn=readable)
         fit = trainer(tmp_path, privacy(**settings))
-        if data is frames:
+        if given is frames:
             fit.fit(Frames(), batches)
             continue
         with pytest.raises(GuaranteeError):
             fit.fit(Frames(), batches)
+
+
+class Reloaded(pl.LightningDataModule):
+    """From the third epoch on there are rows that cannot be read."""
+
+    def __init__(self, batches: Any) -> None:
+        super().__init__()
+        self.batches, self.times = batches, 0
+
+    def train_dataloader(self) -> Any:
+        self.times += 1
+        return self.batches(broken=self.times > 2)
+
+
+class Listed(Frames):
+    """A batch is a list of rows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss([torch.stack(part) for part in zip(*batch, strict=True)])
+
+
+@pytest.mark.parametrize("kind", [Frames, Listed])
+def test_rows_dropped_by_a_loader_of_a_later_epoch_are_refused(
+    tmp_path: Path, kind: type[Frames]
+) -> None:
+    frames = torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1))
+
+    def batches(*, broken: bool) -> DataLoader:
+        given = frames.clone()
+        given[:: 100 if broken else 1000, 0, 0] = torch.nan if broken else 0.0
+        rows = TensorDataset(given, given.sum((1, 2)))
+        listed = lambda rows: [row for row in rows if row[0].isfinite().all()]  # noqa: E731
+        collate = readable if kind is Frames else listed
+        return DataLoader(rows, batch_size=4, collate_fn=collate)
+
+    callback = privacy(sample_rate=1.0, expected_batch_size=400)
+    fit = trainer(tmp_path, callback, max_epochs=9, reload_dataloaders_every_n_epochs=1)
+    with pytest.raises(GuaranteeError, match="3 rows made of 4"):
+        fit.fit(kind(), datamodule=Reloaded(batches))
+    assert callback.steps == 2
 
 
 class Begins(Regression):

@@ -62,3 +62,18 @@ def test_one_place_with_the_number_of_rows_is_enough() -> None:
 def test_nothing_is_known_of_another_structure(other: Any) -> None:
     learnt().require(other, 4)
     BatchRows().require(other, 4)
+
+
+def listed(rows: int, named: int) -> Any:
+    """Pictures of any size, boxes in each, and names; no tensor counts rows."""
+    boxes = [{"boxes": [torch.zeros(1, 4)] * (row % 3)} for row in range(rows)]
+    return [torch.zeros(3, 8, 8 + row) for row in range(rows)], boxes, ["a"] * named
+
+
+def test_a_list_of_rows_shows_how_many_there_are() -> None:
+    found = BatchRows()
+    found.learn(listed(2, 2), listed(3, 3))
+    for rows in (1, 4, 9):
+        found.require(listed(rows, rows), rows)
+    with pytest.raises(GuaranteeError, match="3 rows made of 4"):
+        found.require(listed(3, 4), 4)
