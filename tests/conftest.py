@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import sys
@@ -25,6 +26,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["LIGHTNING_PRIVACY_CACHE"] = "off"
 _STATE = tempfile.TemporaryDirectory(prefix="lightning-privacy-")
 os.environ["LIGHTNING_PRIVACY_STATE"] = _STATE.name
+# By which some tests rotate: the same in all processes that share the suite, around midnight, too.
+TODAY = datetime.datetime.now(datetime.UTC).date().toordinal()
+os.environ.setdefault("LIGHTNING_PRIVACY_TESTS_DAY", str(TODAY))
 # Where several processes share the suite, each has one core.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
