@@ -41,7 +41,11 @@ class Watch(pl.Callback):
 
 
 class Wide(Regression):
-    """Room for directions that do not meet."""
+    """Room for directions that do not meet.
+
+    A row that it has nearly learnt has little but the rounding of a wide sum for a residual, which
+    the checks of rows may take for a dependence: these tests leave them out.
+    """
 
     def __init__(self) -> None:
         super().__init__(lr=0.01)
@@ -156,7 +160,7 @@ def test_a_resumed_fit_is_refused(tmp_path: Path) -> None:
 def test_a_correct_trainer_is_not_refuted(tmp_path: Path) -> None:
     canaries = Canaries(kind="gradient", count=100)
     own = fitted(tmp_path, canaries, max_steps=12, module=Wide(), noise_multiplier=2.0,
-                 sample_rate=0.5)  # fmt: skip
+                 sample_rate=0.5, independence_check=False)  # fmt: skip
     assert canaries.result is not None
     assert canaries.result.epsilon <= canaries.result.claimed == own.epsilon()
     assert not canaries.result.refuted
@@ -173,7 +177,7 @@ def test_a_trainer_without_noise_is_refuted(
     canaries = Canaries(kind="gradient", count=100)
     with pytest.warns(UserWarning, match="the claim is wrong"):
         fitted(tmp_path, canaries, max_steps=12, module=Wide(), noise_multiplier=32.0,
-               sample_rate=0.5)  # fmt: skip
+               sample_rate=0.5, independence_check=False)  # fmt: skip
     assert canaries.result is not None
     assert canaries.result.refuted
     assert canaries.findings()[0].note.startswith("CLAIM REFUTED")

@@ -125,12 +125,13 @@ def gradient_canaries(directory: str, sigma: float, steps: int, silent: bool) ->
     canaries, ordinary = Canaries(kind="gradient", count=100), GaussianNoise.add_
     if silent:
         GaussianNoise.add_ = lambda self, tensor, *_: tensor
+    settings = {"noise_multiplier": sigma, "sample_rate": 0.5, "independence_check": False}
     warned: list[Any] = []
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             jobs.fit(
-                directory, 2, {**NOISY, "noise_multiplier": sigma, "sample_rate": 0.5}, Wide(),
+                directory, 2, {**NOISY, **settings}, Wide(),
                 callbacks=(canaries,), max_steps=steps, max_epochs=-1, precision="32-true",
                 batches=DataLoader(data(), batch_size=BATCH),
             )  # fmt: skip
