@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +26,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["LIGHTNING_PRIVACY_CACHE"] = "off"
 _STATE = tempfile.TemporaryDirectory(prefix="lightning-privacy-")
 os.environ["LIGHTNING_PRIVACY_STATE"] = _STATE.name
+# By which some tests rotate: the same in all processes that share the suite, around midnight, too.
+TODAY = datetime.datetime.now(datetime.UTC).date().toordinal()
+os.environ.setdefault("LIGHTNING_PRIVACY_TESTS_DAY", str(TODAY))
 # Where several processes share the suite, each has one core.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,6 +64,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Begin each test, and the fixtures that it makes, with the same global random numbers.
+
+    Which tests went before in a process depends on how several share the suite. What the package
+    keeps secret comes from the operating system, and stays random.
+    """
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

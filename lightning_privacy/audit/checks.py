@@ -217,8 +217,10 @@ def _sharing_checks(recording: Recording, noise: np.ndarray) -> list[Check]:
 
 def seed_checks(first: Recording, second: Recording, canaries: bool) -> list[Check]:
     """That neither noise nor draws follow from a seed, from two fits that are alike."""
-    same = bool((first.releases == second.releases).any())
     if not canaries:
+        # Single float32 numbers of so many meet by chance in one of a thousand audits.
+        equal = first.releases == second.releases
+        same = any(bool(equal[:, c].all(1).any()) for c in first.columns.values())
         a, b = first.releases.flatten(), second.releases.flatten()
         correlation = abs(float((a * b).mean() / (a.std() * b.std()))) * math.sqrt(len(a))
         passed = not same and correlation < _normal_limit(1)

@@ -91,7 +91,7 @@ class PairCheck(GradientCheck):
                 self._require_same(first.gradients[0], own, still.low_precision)
             # Otherwise the row contributes zero to any sum, alone as in company.
             if finite(own) or finite(shared):
-                self._require_own(loss_of, pair[place], shared, own, still.low_precision)
+                self._require_own(loss_of, pair[place], place, shared, own, still.low_precision)
             self.labels.learn(alone.means, together.means)
 
     def _batch(self, loss_of: LossOf, rows: Sequence[int]) -> _Batch:
@@ -119,6 +119,7 @@ class PairCheck(GradientCheck):
         self,
         loss_of: LossOf,
         row: int,
+        place: int,
         own: Mapping[str, Tensor],
         alone: Mapping[str, Tensor],
         low: bool,
@@ -127,8 +128,9 @@ class PairCheck(GradientCheck):
         tolerance = tolerance_of(self.parameters, low)
         if found <= tolerance:
             return
-        # A row in company of its copy shows how much rounding alone can do.
-        copied = self._batch(loss_of, [row, row]).gradients[0]
+        # A row in company of its copy shows how much rounding alone can do, which is another at
+        # each place of a batch.
+        copied = self._batch(loss_of, [row, row]).gradients[place]
         rounding = _NOISE_FACTOR * self._difference(copied, alone, low)[0]
         tolerance = max(tolerance, min(rounding, _MOST_ROUNDING))
         if not found <= tolerance:

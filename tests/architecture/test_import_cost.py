@@ -29,7 +29,8 @@ def imported(module: str) -> tuple[float, set[str]]:
 
 
 def test_importing_the_package_costs_less_than_a_tenth_of_a_second() -> None:
-    assert min(imported("lightning_privacy")[0] for _ in range(3)) < 0.1
+    # Other processes may slow some tries, and a heavy import slows all.
+    assert any(imported("lightning_privacy")[0] < 0.1 for _ in range(20))
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -41,7 +41,11 @@ class Watch(pl.Callback):
 
 
 class Wide(Regression):
-    """Room for directions that do not meet."""
+    """Room for directions that do not meet.
+
+    A row that it has nearly learnt has little but the rounding of a wide sum for a residual, which
+    the checks of rows may take for a dependence: these tests leave them out.
+    """
 
     def __init__(self) -> None:
         super().__init__(lr=0.01)
@@ -68,18 +72,20 @@ def fitted(directory: Path, canaries: Canaries, *callbacks: Any, **settings: Any
 
 
 def test_included_canaries_are_rows_and_the_rate_says_nothing_of_the_coins(tmp_path: Path) -> None:
-    rates, lengths = set(), set()
+    rates, coins = set(), set()
     for _ in range(4):
         canaries, watch = Canaries(rows=rows(20)), Watch()
-        own = fitted(tmp_path, canaries, watch, max_steps=1)
+        # A claim that 20 canaries cannot refute by chance: they prove 1.8 at most.
+        own = fitted(tmp_path, canaries, watch, max_steps=1, noise_multiplier=0.5)
         assert own.plan is not None
         rates.add(own.plan.sample_rate)
         assert isinstance(watch.dataset, WithCanaries)
         assert len(watch.dataset) == ROWS + int(canaries._member.sum())
         assert without_canaries(watch.dataset) is watch.dataset.base
-        lengths.add(len(watch.dataset))
+        coins.add(tuple(canaries._member.tolist()))
     assert rates == {BATCH / (ROWS + 10)}
-    assert len(lengths) > 1
+    # As often as 2**-60 all fall alike; four lengths are the same in one of 350 runs.
+    assert len(coins) > 1
 
 
 def test_a_canary_is_drawn_and_clipped_like_any_row(tmp_path: Path) -> None:
@@ -110,7 +116,7 @@ def test_a_canary_is_drawn_and_clipped_like_any_row(tmp_path: Path) -> None:
     # Whole canaries of the clip norm each, and half of those included at each step.
     assert torch.allclose(drawn, drawn.round(), atol=0.01)
     included = int(canaries._member.sum())
-    assert drawn.max() <= included
+    assert drawn.round().max() <= included
     assert float(drawn.mean()) == pytest.approx(included / 2, abs=1.5)
 
 
@@ -130,14 +136,15 @@ def test_users_get_a_canary_each(tmp_path: Path) -> None:
 def test_coins_are_secret(tmp_path: Path) -> None:
     canaries = copy.deepcopy(Canaries(kind="gradient", count=40))
     saving = pl.callbacks.ModelCheckpoint(tmp_path / "saved", save_last=True)
-    fitted(tmp_path, canaries, saving, max_steps=3)
+    # Claims that 40 canaries cannot refute by chance: they prove 2.6 at most.
+    fitted(tmp_path, canaries, saving, max_steps=3, noise_multiplier=0.5)
     state = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)
     assert not any("anar" in str(name) for name in state["callbacks"])
     for look in (pickle.dumps, copy.deepcopy):
         with pytest.raises(GuaranteeError, match="coins"):
             look(canaries)
     first = canaries._member.clone()
-    fitted(tmp_path, canaries, max_steps=1)
+    fitted(tmp_path, canaries, max_steps=1, noise_multiplier=0.5)
     assert not torch.equal(first, canaries._member)
 
 
@@ -153,7 +160,7 @@ def test_a_resumed_fit_is_refused(tmp_path: Path) -> None:
 def test_a_correct_trainer_is_not_refuted(tmp_path: Path) -> None:
     canaries = Canaries(kind="gradient", count=100)
     own = fitted(tmp_path, canaries, max_steps=12, module=Wide(), noise_multiplier=2.0,
-                 sample_rate=0.5)  # fmt: skip
+                 sample_rate=0.5, independence_check=False)  # fmt: skip
     assert canaries.result is not None
     assert canaries.result.epsilon <= canaries.result.claimed == own.epsilon()
     assert not canaries.result.refuted
@@ -170,7 +177,7 @@ def test_a_trainer_without_noise_is_refuted(
     canaries = Canaries(kind="gradient", count=100)
     with pytest.warns(UserWarning, match="the claim is wrong"):
         fitted(tmp_path, canaries, max_steps=12, module=Wide(), noise_multiplier=32.0,
-               sample_rate=0.5)  # fmt: skip
+               sample_rate=0.5, independence_check=False)  # fmt: skip
     assert canaries.result is not None
     assert canaries.result.refuted
     assert canaries.findings()[0].note.startswith("CLAIM REFUTED")

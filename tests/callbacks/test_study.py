@@ -89,13 +89,14 @@ def test_without_noise_the_gradient_is_the_clipped_mean(tmp_path):
 def test_without_clipping_the_noise_is_that_of_the_whole_mechanism(tmp_path):
     rows = loader().dataset.tensors[0]
     found, std = [], 0.0
-    for _ in range(20):
+    for _ in range(40):
         callback = StudyMode(whole(clip_norm=0.5), NO_CLIPPING)
         _, model = fit(callback, tmp_path)
         std = callback.plan.noise_multiplier * 0.5 / ROWS
         found.append((gradient(model) - rows.mean(dim=0)) / std)
     _, ordinary = fit(private := whole(clip_norm=0.5), tmp_path)
     assert private.plan.noise_multiplier == pytest.approx(callback.plan.noise_multiplier)
+    # Of 160 numbers: by chance further away once in ten million runs, and never as far as 2.
     assert torch.stack(found).std() == pytest.approx(1.0, abs=0.3)
     assert ordinary.weight.detach().norm() > 0
 

@@ -196,6 +196,7 @@ def test_positions_that_cancel_do_not_hide_a_gradient(dtype: torch.dtype, size: 
 
 def test_without_the_check_a_coupled_loss_would_break_the_bound() -> None:
     # What the independence check is for: the bound is one on each row's own gradient.
+    torch.manual_seed(4)  # not each: half of all models stay below 1.2 times the bound
     model = nn.Linear(6, 3)
     x = numbers(B, 6)
 

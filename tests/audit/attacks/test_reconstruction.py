@@ -49,7 +49,8 @@ def test_tokens_are_read_off_until_there_is_noise() -> None:
         for kind, update in updates(module, loss, tokens).items()
     }
     assert share["raw"] == share["clipped"] == 1
-    assert share["noised"] < 0.3
+    # Two in a hundred tokens are hit by chance: six of these eleven once in ten million runs.
+    assert share["noised"] < 0.5
 
 
 class Picture(nn.Module):
