@@ -12,6 +12,7 @@ from lightning_privacy.errors import BudgetExceededError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lightning_privacy.callbacks._settings import PrivacySettings
     from lightning_privacy.plan import PrivacyPlan
     from lightning_privacy.types import AccountantName
 
@@ -102,7 +103,7 @@ def epsilon_of(releases: Sequence[GaussianRelease], plan: PrivacyPlan) -> float:
 
 
 def planned_epsilon(
-    charged: Sequence[GaussianRelease], plan: PrivacyPlan, budget: float | None
+    charged: Sequence[GaussianRelease], plan: PrivacyPlan, settings: PrivacySettings
 ) -> float:
     """The ε of a run at its planned end.
 
@@ -112,7 +113,7 @@ def planned_epsilon(
     Args:
         charged: What the ledger holds.
         plan: Its steps count all draws, those that are charged included.
-        budget: ε that is not to be exceeded; None for any.
+        settings: Its ε is not to be exceeded, but in a study.
 
     Returns:
         As `epsilon_of`.
@@ -120,6 +121,7 @@ def planned_epsilon(
     Raises:
         BudgetExceededError: With another plan's releases it would be exceeded.
     """
+    budget = settings.epsilon if settings.study is None else None
     to_come = plan.release(plan.steps - sum(release.count for release in charged))
     others = [release for release in charged if not release.same_mechanism(to_come)]
     planned = epsilon_of([*charged, to_come], plan)

@@ -13,6 +13,7 @@ from lightning_privacy.callbacks import _planning, _ranks, _validation
 from lightning_privacy.callbacks._begin import checked_parameters, make_step
 from lightning_privacy.callbacks._bookings import Bookings
 from lightning_privacy.callbacks._canary_rows import with_canaries
+from lightning_privacy.callbacks._chance import hide_chance
 from lightning_privacy.callbacks._epsilon import EpsilonSoFar, epsilon_of, planned_epsilon
 from lightning_privacy.callbacks._home import Home
 from lightning_privacy.callbacks._logging import log_early_end, log_step
@@ -279,12 +280,11 @@ class DifferentialPrivacy(Callback):
         sampling = _planning.sampling_of(self.settings, dataloader, trainer.world_size, population)
         if self._so_far is None:
             rank_zero_info(f"DifferentialPrivacy: {sampling.note}.")
+            hide_chance(self._run, self.settings)
         plan = _planning.make_plan(self.settings, state, trainer, sampling)
         _ranks.require_one_plan(self._world, plan, len(dataloader.dataset))
-        charged, study = state.ledger.releases, self.settings.study
-        budget = None if study is not None else self.settings.epsilon
-        state.planned_epsilon = planned_epsilon(charged, plan, budget)
-        self._so_far = EpsilonSoFar(plan, state.planned_epsilon, charged)
+        state.planned_epsilon = planned_epsilon(state.ledger.releases, plan, self.settings)
+        self._so_far = EpsilonSoFar(plan, state.planned_epsilon, state.ledger.releases)
         return PrivateLoader(
             dataloader,
             _ranks.sharded(population.sampler(plan, self._secret), self._world),

@@ -9,7 +9,7 @@ that the user makes on it is a release.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,21 +19,9 @@ from lightning_privacy.clipping.guards import StateGuard
 from lightning_privacy.clipping.label_means import LabelWatch
 from lightning_privacy.distributed import World
 from lightning_privacy.step import PrivateStep
+from lightning_privacy.strategies import refusals
 from lightning_privacy.strategies.batch_watch import BatchWatch
 from lightning_privacy.strategies.draw import Draw, Repeats, RowMean, loss_in, next_batch, weigh
-from lightning_privacy.strategies.refusals import (
-    accumulation_refused,
-    closure_called_again,
-    closure_never_called,
-    draw_stepped_again,
-    draw_was_split,
-    loaders_refused,
-    not_started,
-    nothing_to_release,
-    refuse_strangers,
-    require_own_loader,
-    warn_never_stepped,
-)
 from lightning_privacy.strategies.replicas import require_same
 from lightning_privacy.strategies.validation import validation_may_follow
 
@@ -75,6 +63,7 @@ class PrivateRun:
         labels: Watches means over labels; the checks tell it whether there are any.
         records: Adds records that have no row to a draw, before its release.
         batches: Watches batches between their transfer and the training step.
+        resources: What lasts as long as the run.
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each thing that a fit does in its own way
@@ -102,6 +91,7 @@ class PrivateRun:
         self.recheck: Callable[..., None] | None = None
         self.labels, self.batches = LabelWatch(), BatchWatch()
         self.records: Callable[[PrivateStep], None] | None = None
+        self.resources = ExitStack()
 
     step_class: Callable[..., PrivateStep] = PrivateStep
 
@@ -124,7 +114,7 @@ class PrivateRun:
         """
         reloads = self.trainer.reload_dataloaders_every_n_epochs
         if self.loader is not None and self.step is None and not reloads:
-            raise loaders_refused("train_dataloader gives several")
+            raise refusals.loaders_refused("train_dataloader gives several")
         fresh = self.world.together(lambda: self._prepare_loader(dataloader))
         self.loader = fresh.after(self.loader)
         return self.loader
@@ -138,7 +128,7 @@ class PrivateRun:
         """
         ordinary(batch)
         self.batches.verify(batch)
-        require_own_loader(self.trainer, self.loader)
+        refusals.require_own_loader(self.trainer, self.loader)
         if self.step is None:
             self.step = self.world.together(self._start)
             self._covered = frozenset(map(id, self.step.held.values()))
@@ -223,7 +213,7 @@ class PrivateRun:
             nonlocal calls
             calls += 1
             if calls > 1:
-                raise closure_called_again(optimizer)
+                raise refusals.closure_called_again(optimizer)
             result = closure()
             self._release(optimizer)
             return result
@@ -231,7 +221,7 @@ class PrivateRun:
         with self._restoring():
             result = ordinary(optimizer, private_closure, *arguments, **named)
             if not calls:
-                raise closure_never_called(optimizer)
+                raise refusals.closure_never_called(optimizer)
             self._guard.verify_others(self._step().held.values(), "during an optimizer step")
             self._watch_state()
             if not self.module.automatic_optimization:
@@ -264,6 +254,7 @@ class PrivateRun:
 
     def close(self) -> None:
         """End the run: `abort`, and leave no hook on any parameter."""
+        self.resources.close()
         if self.step is not None:
             self.step.close()
 
@@ -289,14 +280,14 @@ class PrivateRun:
     def _manual(self, ordinary: StepFunction, batch: Any, *arguments: Any) -> Any:
         micro_batches = self._loader().current
         if len(micro_batches) != 1:
-            raise draw_was_split(len(micro_batches))
+            raise refusals.draw_was_split(len(micro_batches))
         self._draw.weights, self._draw.units = micro_batches[0].weights, micro_batches[0].units
         weigh(self.trainer, batch, micro_batches[0])
         self._step().begin(self._draw.weights, self._draw.units)
         with self.labels.watching(len(self._draw.weights)):
             output = ordinary(batch, *arguments)
         if self._draw.unreleased:
-            warn_never_stepped()
+            refusals.warn_never_stepped()
         self._step().abort()
         return output
 
@@ -305,10 +296,10 @@ class PrivateRun:
         self._require_unchanged(anew=due)
         step, cursor = self._step(), self._loader().cursor_of_current
         if step.pending and not self._draw.releases:
-            warn_never_stepped()
+            refusals.warn_never_stepped()
         step.discard()
         if self._draw.releases and self._draw.cursor == cursor:
-            raise draw_stepped_again()
+            raise refusals.draw_stepped_again()
         if due and self.recheck is not None:
             self.recheck(*arguments)
         self.labels.forget()
@@ -322,7 +313,7 @@ class PrivateRun:
         held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         step.abort_micro_batch()
         if not step.pending:
-            raise nothing_to_release(optimizer)
+            raise refusals.nothing_to_release(optimizer)
         if self.records is not None:
             self.records(step)
         self._verify_state("during a training step")
@@ -373,15 +364,15 @@ class PrivateRun:
 
     def _require_unchanged(self, *, anew: bool) -> None:
         if self.trainer.accumulate_grad_batches != 1:
-            raise accumulation_refused(self.trainer.accumulate_grad_batches)
+            raise refusals.accumulation_refused(self.trainer.accumulate_grad_batches)
         held = self._guard.held(anew=anew)  # for both guards, with nothing between them
-        refuse_strangers(self.module, held, self._covered)
+        refusals.refuse_strangers(self.module, held, self._covered)
         if self._watched:
             self._guard.verify("between training steps", held)
 
     def _step(self) -> PrivateStep:
         if self.step is None:
-            raise not_started()
+            raise refusals.not_started()
         return self.step
 
     def _loader(self) -> PrivateLoader:

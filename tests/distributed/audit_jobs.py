@@ -222,11 +222,11 @@ def measured(directory: str, ranks: int, settings: dict, **options: Any) -> dict
 
 
 def failing(directory: str, rank: int) -> dict[str, Any]:
-    """One rank fails at step 2, with a ledger and a report."""
+    """One rank fails at step 3, before which nothing is checked, with a ledger and a report."""
     folder = Path(directory)
     book = PrivacyLedger(folder / "ledger.db", dataset="rows", budget=(50.0, 1e-5))
     report = PrivacyReport(directory=str(folder / "report"))
-    module = jobs.WrongOnOneRank(rank, 2, "error")
+    module = jobs.WrongOnOneRank(rank, 3, "error")
     error = ""
     try:
         jobs.fit(directory, 2, {**NOISY, "ledger": book}, module, callbacks=(report,))

@@ -156,7 +156,7 @@ def test_a_rank_that_fails_is_reported_and_charged(
     assert found[1 - rank]["error"] == "GuaranteeError"
     assert [each["page"] for each in found] == [True, False]
     # Rank 0 writes down what it is about to release before it hears of the others.
-    charged = 2 + rank
+    charged = 3 + rank
     assert audit_jobs.spent(tmp_path) == [charged]
     record = json.loads((tmp_path / "report" / "privacy_report.json").read_text())
     assert record["outcome"].startswith(f"The run ended with {found[0]['error']}.")
