@@ -79,10 +79,7 @@ class LossProbe:
             raise
         except Exception as error:
             raise needs_company(error) from error
-        chosen = _most_different(candidates, traits, count)
-        # Where passes communicate, all ranks look at the same rows.
-        world = self._run.world
-        return world.from_first(chosen) if world.lockstep else chosen
+        return self._alike(_most_different(candidates, traits, count))
 
     def company(self) -> list[int]:
         """As many rows as a training step computes at once.
@@ -94,7 +91,12 @@ class LossProbe:
         # In manual optimization a whole draw is one batch.
         largest = max(len(micro.indices) for micro in self._loader.current)
         count = min(size, max(self._loader.batch_size or 1, largest))
-        return secrets.SystemRandom().sample(range(size), count)
+        return self._alike(secrets.SystemRandom().sample(range(size), count))
+
+    def _alike(self, rows: list[int]) -> list[int]:
+        """The same on all ranks where passes communicate: what is found decides how many follow."""
+        world = self._run.world
+        return world.from_first(rows) if world.lockstep else rows
 
     def learn_rows(self, row: int) -> None:
         """Let the loader learn where a batch shows how many rows it has.
