@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import random
 import secrets
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,22 +46,14 @@ def secret_chance() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    legacy = None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng(devices=devices):
+    with isolate_rng():
         # Of a seed the generator of the CPU keeps 32 bits, which could be tried out.
         torch.manual_seed(secrets.randbits(63))  # noqa: TID251 - what has to be secret
         torch.set_rng_state(with_words(torch.get_rng_state(), secret_words()))
         random.seed(secrets.token_bytes(4 * _WORDS))  # noqa: TID251 - the same
-        if numpy is not None:
-            numpy.random.set_state(("MT19937", _numpy_words(numpy), _WORDS))
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(legacy)
+        words = secret_words().numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", words, _WORDS, 0, 0.0))  # noqa: NPY002 - the same
+        yield
 
 
 def secret_words() -> torch.Tensor:
@@ -86,7 +79,3 @@ def with_words(state: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     filled = state.clone()
     filled[_HEAD : _HEAD + 8 * _WORDS] = words.view(torch.uint8)
     return filled
-
-
-def _numpy_words(numpy: Any) -> Any:
-    return numpy.frombuffer(secrets.token_bytes(4 * _WORDS), dtype=numpy.uint32)

@@ -78,7 +78,8 @@ class PrivateRun:
         independent_buffers: Sequence[str] = (),
         world: World | None = None,
     ) -> None:
-        self.strategy, self.world = strategy, world or World()
+        self.strategy = strategy
+        self.world = world or World()
         self.loader: PrivateLoader | None = None
         self.step: PrivateStep | None = None
         self._covered: frozenset[int] = frozenset()

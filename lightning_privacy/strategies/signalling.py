@@ -6,7 +6,10 @@ All stand together after a draw, where the callback answers, and after a validat
 from __future__ import annotations
 
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_privacy.distributed import World
 
 
 def take_signals(strategy: Any) -> None:
@@ -15,12 +18,12 @@ def take_signals(strategy: Any) -> None:
     Args:
         strategy: The private strategy.
     """
-    run = strategy.private_run
-    if run is None or run.world.alone:
+    world = _ranks_of(strategy)
+    if world is None:
         return
     # The checkpoint first: SIGTERM ends the fit.
     requeue = getattr(strategy.cluster_environment, "requeue_signal", None)
-    run.world.signals.take_over([n for n in (requeue, signal.SIGTERM) if n], _is_lightnings)
+    world.signals.take_over([n for n in (requeue, signal.SIGTERM) if n], _is_lightnings)
 
 
 def answer_signals(strategy: Any) -> None:
@@ -29,11 +32,15 @@ def answer_signals(strategy: Any) -> None:
     Args:
         strategy: The private strategy.
     """
+    world = _ranks_of(strategy)
+    if world is not None:
+        world.gathered(None)
+        world.signals.answer()
+
+
+def _ranks_of(strategy: Any) -> World | None:
     run = strategy.private_run
-    if run is None or run.world.alone:
-        return
-    run.world.gathered(None)
-    run.world.signals.answer()
+    return None if run is None or run.world.alone else run.world
 
 
 def _is_lightnings(handler: Any) -> bool:

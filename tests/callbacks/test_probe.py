@@ -113,6 +113,20 @@ def test_the_rows_of_the_check_fit_into_memory(batch_size: int, count: int) -> N
     assert all(0 <= row < ROWS for row in rows)
 
 
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_ranks_whose_passes_communicate_compare_the_same_rows(lockstep: bool) -> None:
+    # What is found in these rows decides how many passes follow.
+    world = SimpleNamespace(lockstep=lockstep, from_first=lambda rows: ["rank 0's", len(rows)])
+    draws = SimpleNamespace(
+        dataset=data(), batch_size=4, collate_fn=default_collate,
+        current=[SimpleNamespace(indices=range(3))],
+    )  # fmt: skip
+    probe = LossProbe(None, draws, SimpleNamespace(world=world))  # type: ignore[arg-type]
+    for rows, count in ((probe.rows(2), 2), (probe.company(), 4)):
+        assert (rows == ["rank 0's", count]) is lockstep
+        assert len(rows) == (2 if lockstep else count)
+
+
 def test_without_the_check_one_by_one_training_calls_nothing_before(tmp_path: Path) -> None:
     module = Regression()
     callback = privacy(independence_check=False)
