@@ -164,6 +164,7 @@ def difference(
     *,
     floor: float = 0.0,
     low_precision: bool = False,
+    sizes: Mapping[str, float] | None = None,
 ) -> tuple[float, str]:
     """Largest relative difference over parameters, and where. NaN counts as infinite.
 
@@ -172,15 +173,19 @@ def difference(
         second: what they are compared with.
         floor: a smaller gradient is compared on this scale.
         low_precision: whether a part of the forward was computed in bfloat16 or float16.
+        sizes: what a difference is relative to, by parameter name, where it is more than the norms:
+            of sums in which gradients may cancel.
     """
-    sizes: dict[str, float] = {}
+    scales: dict[str, float] = {}
     differences: dict[str, float] = {}
-    whole = [0.0, 0.0]
+    whole = [0.0, 0.0, 0.0]
     for name in dict.fromkeys((*first, *second)):
         own = [gradients.get(name) for gradients in (first, second)]
         norms = [0.0 if gradient is None else norm([gradient]) for gradient in own]
+        differences[name] = max(norms)
+        norms.append(0.0 if sizes is None else sizes.get(name, 0.0))
         whole = [total + size**2 for total, size in zip(whole, norms, strict=True)]
-        sizes[name], differences[name] = max(norms), max(norms)
+        scales[name] = max(norms)
         a, b = own
         if a is not None and b is not None:
             dtype = accumulation_dtype(a.dtype)
@@ -188,8 +193,8 @@ def difference(
     share = _LOW_PRECISION_FLOOR if low_precision else _FLOOR
     floor = max(floor, share * math.sqrt(max(whole)))
     worst, where = 0.0, ""
-    for name, size in sizes.items():
-        found = differences[name] / max(size, floor) if differences[name] else 0.0
+    for name, scale in scales.items():
+        found = differences[name] / max(scale, floor) if differences[name] else 0.0
         if found != found:
             found = float("inf")
         if found > worst:

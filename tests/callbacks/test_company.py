@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from lightning_privacy.audit.probe import HEAVY, ProbeModule, ProbeSettings, probe_rows
 from lightning_privacy.callbacks._checks import RowChecks
+from lightning_privacy.clipping import company
+from lightning_privacy.clipping.checks import learn
 from lightning_privacy.errors import GuaranteeError
 from tests.callbacks.training import LIGHTNING_NOISE, Regression, data, loader, privacy, trainer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_NOISE]
@@ -80,7 +85,7 @@ def test_rows_without_a_finite_gradient_hide_no_coupling_of_the_others(
     tmp_path: Path, kind: type[Rows]
 ) -> None:
     broken = data()
-    broken.tensors[0][::2, 1] = torch.nan
+    broken.tensors[0][::4, 1] = torch.nan  # any 24 rows hold more than eight of the others
     for module in (Rows(), kind()):
         callback = privacy()
         fit = trainer(tmp_path, callback)
@@ -587,14 +592,38 @@ def test_averaged_weights_may_be_saved(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_has_no_gradient_has_no_company() -> None:
-    from lightning_privacy.clipping.company import CompanyCheck
     from lightning_privacy.clipping.layout import Layouts
 
     layer = nn.Linear(3, 1)
-    check = CompanyCheck(
+    check = company.CompanyCheck(
         module=layer,
         parameters=dict(layer.named_parameters()),
         loss_of=lambda rows: F.mse_loss(torch.zeros(len(rows)), torch.ones(len(rows))),
         layouts=Layouts(),
     )
     check.run(list(range(10)))
+
+
+def test_rows_that_cancel_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of equal rows with different signs is rounding, beside other rows too."""
+    settings = ProbeSettings(steps=1, noise_multiplier=1.0, members=16, heavy=8)
+    module, rows = ProbeModule(settings), probe_rows(settings)
+    parameters = dict(module.named_parameters())
+
+    def loss_of(chosen: Sequence[int]) -> Tensor:
+        return module.training_step(default_collate([rows[row] for row in chosen]), 0)
+
+    heavy = [row for row, kind in enumerate(rows.tensors[0]) if kind == HEAVY]
+    light = [row for row, kind in enumerate(rows.tensors[0]) if kind != HEAVY]
+    check = company.CompanyCheck(
+        module=module,
+        parameters=parameters,
+        loss_of=loss_of,
+        layouts=learn(module, parameters, loss_of, heavy[0]),
+        negligible=1e-3 * settings.clip_norm,
+    )
+    for signs in ((1.0, -1.0, 1.0, -1.0), (1.0, 1.0, -1.0, -1.0), (1.0, -1.0, -1.0, 1.0)):
+        for chosen in (heavy[:4], [*heavy[:2], *light[:2]], [*heavy[:3], light[0]]):
+            own = functools.partial(next, itertools.cycle(signs))
+            monkeypatch.setattr(company.secrets, "choice", lambda _both, own=own: own())
+            check.run(chosen)
