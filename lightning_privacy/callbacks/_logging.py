@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lightning_privacy.callbacks._epsilon import EpsilonSoFar
     from lightning_privacy.callbacks._tally import Tally
 
@@ -28,13 +31,18 @@ def log_step(module: Any, so_far: EpsilonSoFar, count: int, tally: Tally, *, beg
     if math.isfinite(spent):
         spent = math.ceil(spent * 1000) / 1000  # the progress bar shows three digits
     if begun or spent != so_far.shown:  # logging takes Lightning nearly a millisecond
-        module.log("privacy/epsilon", spent, prog_bar=True, **_EACH_STEP)
+        module.log("privacy/epsilon", _here(spent), prog_bar=True, **_EACH_STEP)
         so_far.shown = spent
     every = module.trainer.log_every_n_steps
     if every and count % every == 0:
         tally.catch_up()
         for name, value in tally.latest.items():
-            module.log(f"privacy/{name}", value, **_EACH_STEP)
+            module.log(f"privacy/{name}", _here(value), **_EACH_STEP)
+
+
+def _here(value: float) -> Tensor:
+    """In the processor's memory: Lightning would send it to a GPU, and wait for the whole step."""
+    return torch.tensor(float(value), device="cpu")
 
 
 def log_early_end(count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,16 +37,21 @@ def _gram_tile(total, base, rows, columns, positions, width, stride, STEP: tl.co
 
 @triton.jit
 def _gram_product(
-    left0, left1, left2, left3, right, product, largest,
+    memory, places, product, largest,
     width0, width1, width2, width3, width,
     unit0, unit1, unit2, unit3, unit_right,
     stride0, stride1, stride2, stride3, stride_right,
-    positions, tiles,
+    positions, tiles, units,
     least_left, least_right,
-    LEFTS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    LEFTS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the lower triangle of one unit's two Gram matrices, multiplied and summed."""
+    """One tile of the lower triangle of one unit's two Gram matrices, multiplied and summed.
+
+    Each layer has five ``places``: how many elements its factors lie behind ``memory``. Many layers
+    in one launch fill a GPU on which one would leave a half of the processors waiting.
+    """
     tile, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    layer = tl.program_id(2).to(tl.int64)
     row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
     # The root is rounded: at a corner it may name the row before or after.
     row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
@@ -53,26 +59,39 @@ def _gram_product(
     column = tile - row * (row + 1) // 2
     rows, columns = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
     own = tl.zeros((TILE, TILE), dtype=tl.float32)
-    own = _gram_tile(own, left0 + unit * unit0, rows, columns, positions, width0, stride0, STEP)
+    first = memory + tl.multiple_of(tl.load(places + 5 * layer), ALIGNED) + unit * unit0
+    own = _gram_tile(own, first, rows, columns, positions, width0, stride0, STEP)
     if LEFTS > 1:
-        own = _gram_tile(own, left1 + unit * unit1, rows, columns, positions, width1, stride1, STEP)
+        more = memory + tl.multiple_of(tl.load(places + 5 * layer + 1), ALIGNED) + unit * unit1
+        own = _gram_tile(own, more, rows, columns, positions, width1, stride1, STEP)
     if LEFTS > 2:
-        own = _gram_tile(own, left2 + unit * unit2, rows, columns, positions, width2, stride2, STEP)
+        more = memory + tl.multiple_of(tl.load(places + 5 * layer + 2), ALIGNED) + unit * unit2
+        own = _gram_tile(own, more, rows, columns, positions, width2, stride2, STEP)
     if LEFTS > 3:
-        own = _gram_tile(own, left3 + unit * unit3, rows, columns, positions, width3, stride3, STEP)
+        more = memory + tl.multiple_of(tl.load(places + 5 * layer + 3), ALIGNED) + unit * unit3
+        own = _gram_tile(own, more, rows, columns, positions, width3, stride3, STEP)
     other = tl.zeros((TILE, TILE), dtype=tl.float32)
-    other = _gram_tile(
-        other, right + unit * unit_right, rows, columns, positions, width, stride_right, STEP
-    )
+    right = memory + tl.multiple_of(tl.load(places + 5 * layer + 4), ALIGNED) + unit * unit_right
+    other = _gram_tile(other, right, rows, columns, positions, width, stride_right, STEP)
     both = own * other
     same = rows[:, None] == columns[None, :]
     left_squares = tl.maximum(tl.sum(tl.where(same, own, 0.0), 1), 0.0) + least_left
     right_squares = tl.maximum(tl.sum(tl.where(same, other, 0.0), 1), 0.0) + least_right
     sizes = tl.where(row == column, tl.sqrt(left_squares * right_squares), 0.0)
-    place = unit * tiles + tile
+    place = (layer * units + unit) * tiles + tile
     # What lies below the diagonal counts for what lies above, too.
     tl.store(product + place, tl.sum(tl.sum(both, 1), 0) * tl.where(row == column, 1.0, 2.0))
     tl.store(largest + place, tl.sum(sizes, 0))
+
+
+@triton.jit
+def _scaled_rows(coefficients, rows, scaled, size, BLOCK: tl.constexpr):
+    """A block of ``coefficients[u] * rows[u]``."""
+    unit = tl.program_id(1).to(tl.int64)
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(rows + unit * size + places, mask=places < size, other=0.0)
+    found = own.to(tl.float32) * tl.load(coefficients + unit)
+    tl.store(scaled + unit * size + places, found.to(own.dtype), mask=places < size)
 
 
 @triton.jit
@@ -90,34 +109,60 @@ def _weighted_rows(coefficients, rows, total, units, size, BLOCK: tl.constexpr):
 
 
 def launch_gram(
-    factors: Sequence[Tensor],
+    layers: Sequence[Sequence[Tensor]],
     product: Tensor,
     largest: Tensor,
-    positions: int,
     least: tuple[float, float],
     tile: int,
 ) -> None:
-    """Run `_gram_product` for all units and tiles; the last of ``factors`` is the right one."""
-    *lefts, right = factors
-    filled = [*lefts, *[right] * (4 - len(lefts)), right]
-    arguments: list[Any] = [*filled, product, largest]
-    arguments += [factor.shape[2] for factor in filled]
-    arguments += [factor.stride(0) for factor in filled]
-    arguments += [factor.stride(1) for factor in filled]
-    units, tiles = product.shape
+    """Run `_gram_product` for all layers, units and tiles.
+
+    Args:
+        layers: the factors of each, the last of them the right one; all of the same shapes and
+            strides.
+        product: ``[L, U, tiles]``.
+        largest: the same.
+        least: as in `kernels.gram_products`.
+        tile: positions along a side of a tile.
+    """
+    filled = [
+        [*factors[:-1], *[factors[-1]] * (5 - len(factors)), factors[-1]] for factors in layers
+    ]
+    like = filled[0]
+    memory, size = like[-1], like[-1].element_size()
+    behind = [[(f.data_ptr() - memory.data_ptr()) // size for f in factors] for factors in filled]
+    steps = [stride for factor in like for stride in factor.stride()[:2]]
+    places = torch.tensor(behind).pin_memory().to(memory.device, non_blocking=True)
+    arguments: list[Any] = [memory, places, product, largest]
+    arguments += [factor.shape[2] for factor in like]
+    arguments += [factor.stride(0) for factor in like]
+    arguments += [factor.stride(1) for factor in like]
+    units, tiles = product.shape[1:]
     with torch.cuda.device(product.device):
         # Three stages of both operands fit the shared memory of data-centre GPUs only.
         stages = 3 if torch.cuda.get_device_capability(product.device)[0] in (8, 9, 10) else 2
-        _gram_product[(tiles, units)](
+        _gram_product[(tiles, units, len(layers))](
             *arguments,
-            positions,
+            memory.shape[1],
             tiles,
+            units,
             *least,
-            LEFTS=len(lefts),
+            LEFTS=len(layers[0]) - 1,
             TILE=tile,
             STEP=64,
+            ALIGNED=1 if any(n % 8 for n in (*steps, *itertools.chain(*behind))) else 8,
             num_warps=8,
             num_stages=stages,
+        )
+
+
+def launch_scaled_rows(coefficients: Tensor, rows: Tensor, scaled: Tensor) -> None:
+    """Run `_scaled_rows` over all rows."""
+    units, size = rows.shape
+    block = 4096
+    with torch.cuda.device(rows.device):
+        _scaled_rows[(triton.cdiv(size, block), units)](
+            coefficients, rows, scaled, size, BLOCK=block
         )
 
 

@@ -20,6 +20,8 @@ from lightning_privacy.clipping.products import (
     accumulation_dtype,
     gram,
     gram_product,
+    gram_products,
+    scaled_rows,
     sum_of_products,
     weighted_rows,
 )
@@ -91,11 +93,10 @@ class Outer:
     def weighted_sum(self, coefficients: Tensor, shape: Size) -> Tensor:
         """``sum_u coefficients[u] * gradient_u``, ``[*shape]``."""
         left, right = self.left, self.right
-        scale = coefficients.to(accumulation_dtype(left.dtype))[:, None, None]
         if left.numel() <= right.numel():
-            left = _scaled(left, scale)
+            left = scaled_rows(coefficients, left)
         else:
-            right = _scaled(right, scale)
+            right = scaled_rows(coefficients, right)
         return sum_of_products(left.flatten(0, 1), right.flatten(0, 1)).view(shape)
 
     def without(self, excluded: Tensor) -> Outer:
@@ -228,16 +229,15 @@ def squared_norms(
             norms.setdefault(norm.dtype, []).append(norm)
     for alike in norms.values():
         yield torch.stack(alike).square().sum(0)
-    products: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    products: dict[torch.dtype, list[tuple[list[Tensor], Tensor]]] = {}
     for outers in sharing.values():
         lefts, right = [item.left for item in outers], outers[0].right
         if right.shape[1] == 1:
             yield outer_norm(lefts, right)
         else:
-            products.setdefault(right.dtype, []).append(gram_product(lefts, right))
-    for dtype, pairs in products.items():
-        product, largest = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        yield _never_too_small(product, largest, dtype).sum(0)
+            products.setdefault(right.dtype, []).append((lefts, right))
+    for dtype, layers in products.items():
+        yield _never_too_small(*gram_products(layers), dtype).sum(0)
 
 
 def squared_norm(contributions: list[Contribution]) -> Tensor:
@@ -261,11 +261,6 @@ def _cross(outer: Outer, lookup: Lookup) -> Tensor:
     dtype = accumulation_dtype(outer.right.dtype)
     products = torch.bmm(outer.right.to(dtype), lookup.values.to(dtype).mT)
     return _dot(products, picked.to(dtype))
-
-
-def _scaled(tensor: Tensor, scale: Tensor) -> Tensor:
-    """In float32 or better; on a GPU in the tensor's own type, in which its products are fast."""
-    return tensor * (scale.to(tensor.dtype) if tensor.is_cuda else scale)
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:

@@ -29,40 +29,66 @@ def _available() -> bool:
 
 
 def serve(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these: on a GPU, in a type whose products are fast there."""
-    return (
-        tensors[0].is_cuda
-        and all(tensor.dtype in _LOW_PRECISION for tensor in tensors)
-        and _available()
-    )
+    """Whether the kernels can take these: on a GPU, in one type whose products are fast there."""
+    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+    device, dtype = kinds.pop()
+    return not kinds and device.type == "cuda" and dtype in _LOW_PRECISION and _available()
 
 
-def gram_product(
-    lefts: Sequence[Tensor], right: Tensor, least: tuple[float, float]
+def gram_products(
+    layers: Sequence[tuple[Sequence[Tensor], Tensor]], hidden: float
 ) -> tuple[Tensor, Tensor]:
-    """`products.gram_product` by tiles of the lower triangle, with no Gram matrix in memory.
+    """`products.gram_products` by tiles of the lower triangle, with no Gram matrix in memory.
+
+    Layers of the same shapes share a launch.
 
     Args:
-        lefts: each ``[U, M, a]``.
-        right: ``[U, M, b]``.
-        least: what is added to the squared norm of a position of all lefts, and of the right.
+        layers: the lefts, each ``[U, M, a]``, and the right ``[U, M, b]`` of each; all of one type.
+        hidden: what is added to the squared norm of a position, for each element.
 
     Returns:
-        As `products.gram_product`, in float32.
+        As `products.gram_products`, in float32, and in the order of the shapes.
     """
     from lightning_privacy.clipping import _triton
 
-    if len(lefts) > _MOST_LEFTS:
-        lefts = [*lefts[: _MOST_LEFTS - 1], torch.cat([*lefts[_MOST_LEFTS - 1 :]], -1)]
-    factors = [_rows_in_memory(tensor) for tensor in (*lefts, right)]
-    units, positions, _ = right.shape
-    side = -(-positions // _TILE)
-    tiles = side * (side + 1) // 2
-    product = right.new_empty(units, tiles, dtype=torch.float32)
-    largest = torch.empty_like(product)
-    _triton.launch_gram(factors, product, largest, positions, least, _TILE)
-    # Summed by torch, in a fixed order: atomic additions would differ from run to run.
-    return product.sum(1), largest.sum(1)
+    alike: dict[tuple[tuple[int, ...], ...], list[list[Tensor]]] = {}
+    for lefts, right in layers:
+        own = [*lefts]
+        if len(own) > _MOST_LEFTS:
+            own[_MOST_LEFTS - 1 :] = [torch.cat(own[_MOST_LEFTS - 1 :], -1)]
+        factors = [_rows_in_memory(tensor) for tensor in (*own, right)]
+        kind = tuple((*factor.shape, *factor.stride()) for factor in factors)
+        alike.setdefault(kind, []).append(factors)
+    products, sizes = [], []
+    for group in alike.values():
+        *lefts, right = group[0]
+        units, positions, width = right.shape
+        side = -(-positions // _TILE)
+        tiles = side * (side + 1) // 2
+        product = right.new_empty(len(group), units, tiles, dtype=torch.float32)
+        largest = torch.empty_like(product)
+        least = hidden * sum(left.shape[2] for left in lefts), hidden * width
+        _triton.launch_gram(group, product, largest, least, _TILE)
+        # Summed by torch, in a fixed order: atomic additions would differ from run to run.
+        products.append(product.sum(2))
+        sizes.append(largest.sum(2))
+    return torch.cat(products), torch.cat(sizes)
+
+
+def scaled_rows(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """``coefficients[u] * rows[u]``, in the type of ``rows`` and rounded once.
+
+    Args:
+        coefficients: ``[U]``.
+        rows: ``[U, ..]``.
+    """
+    from lightning_privacy.clipping import _triton
+
+    rows = rows.contiguous()
+    scaled = torch.empty_like(rows)
+    flat = rows.view(len(rows), -1), scaled.view(len(rows), -1)
+    _triton.launch_scaled_rows(coefficients.float().contiguous(), *flat)
+    return scaled
 
 
 def weighted_rows(coefficients: Tensor, rows: Tensor) -> Tensor:

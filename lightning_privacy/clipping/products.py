@@ -70,10 +70,11 @@ def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor
         The squared norms ``[U]``, and ``[U]`` sums over positions of ``|left_m| |right_m|``, whose
         square is what rounding in the first is relative to (each element with `hidden`).
     """
+    if kernels.serve(*lefts, right):
+        product, largest = kernels.gram_products([(lefts, right)], hidden(right.dtype))
+        return product[0], largest[0]
     widths = sum(left.shape[2] for left in lefts), right.shape[2]
     least = (hidden(right.dtype) * widths[0], hidden(right.dtype) * widths[1])
-    if kernels.serve(*lefts, right):
-        return kernels.gram_product(lefts, right, least)
     positions = right.shape[1]
     block = _BLOCK if positions >= 2 * _BLOCK and not right.is_cuda else positions
     product = right.new_zeros(right.shape[0], dtype=accumulation_dtype(right.dtype))
@@ -88,6 +89,25 @@ def gram_product(lefts: Sequence[Tensor], right: Tensor) -> tuple[Tensor, Tensor
             own[0][:, :, start:].mul_(0.5)
         product += (2 if start else 1) * _dot(*own)
     return product, largest
+
+
+def gram_products(
+    layers: Sequence[tuple[Sequence[Tensor], Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """`gram_product` of several layers, whose order does not matter.
+
+    Args:
+        layers: lefts and right of each, all of one type.
+
+    Returns:
+        As `gram_product`, ``[L, U]``.
+    """
+    served = [layer for layer in layers if kernels.serve(*layer[0], layer[1])]
+    found = [kernels.gram_products(served, hidden(served[0][1].dtype))] if served else []
+    others = [gram_product(*layer) for layer in layers if not kernels.serve(*layer[0], layer[1])]
+    found += [(product[None], largest[None]) for product, largest in others]
+    products, sizes = zip(*found, strict=True)
+    return torch.cat(products), torch.cat(sizes)
 
 
 def gram(tensor: Tensor) -> Tensor:
@@ -106,6 +126,17 @@ def weighted_rows(coefficients: Tensor, rows: Tensor) -> Tensor:
     if kernels.serve(rows):
         return kernels.weighted_rows(coefficients, rows)
     return sum_of_products(coefficients[:, None], rows)[0]
+
+
+def scaled_rows(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """``coefficients[u] * rows[u]`` of ``rows [U, ..]``, in float32 or better.
+
+    On a GPU in the type of ``rows``, in which their products are fast.
+    """
+    if kernels.serve(rows):
+        return kernels.scaled_rows(coefficients, rows)
+    dtype = rows.dtype if rows.is_cuda else accumulation_dtype(rows.dtype)
+    return rows * coefficients.to(dtype).view(-1, *[1] * (rows.dim() - 1))
 
 
 def sum_of_products(first: Tensor, second: Tensor) -> Tensor:

@@ -60,6 +60,42 @@ def test_gram_products_of_views() -> None:
         torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("offset", [0, 3, 8])
+def test_gram_products_of_layers_that_share_launches(offset: int) -> None:
+    layers = []
+    for seed, (positions, widths) in enumerate(
+        [(200, (64, 16)), (130, (40,)), (200, (64, 16))] * 3
+    ):
+        lefts = [
+            random(UNITS, positions, offset + width, seed=10 * seed + i, dtype=torch.bfloat16)
+            for i, width in enumerate(widths)
+        ]
+        right = random(UNITS, positions, 72, seed=10 * seed + 9, dtype=torch.bfloat16)
+        layers.append(([left[..., offset:] for left in lefts], right))
+    halves = [factor.half() for factor in (*layers[0][0], layers[0][1])]
+    # One of its own type, one of two types and one on the CPU's path go along.
+    layers += [(halves[:-1], halves[-1].float()), (halves[:-1], layers[0][1])]
+    product, largest = products.gram_products(layers)
+    alone = [products.gram_product(*layer) for layer in layers]
+    for found, expected in zip((product, largest), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(
+            found.sort(0).values, torch.stack(expected).sort(0).values, rtol=0, atol=0
+        )
+    for own, (lefts, right) in zip(alone, layers, strict=True):
+        left = torch.cat([left.double() for left in lefts], -1)
+        true = (left.mT @ right.double()).square().sum((1, 2))
+        torch.testing.assert_close(own[0].double(), true, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 33), (3, 512, 96), (2, 1)])
+def test_scaled_rows_are_rounded_once(shape: tuple[int, ...]) -> None:
+    rows = random(*shape, seed=1, dtype=torch.bfloat16)
+    coefficients = random(shape[0], seed=2, dtype=torch.float32)
+    wide = coefficients.view(-1, *[1] * (len(shape) - 1)) * rows.float()
+    for given in (rows, rows.mT.contiguous().mT):
+        assert torch.equal(products.scaled_rows(coefficients, given), wide.bfloat16())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_what_is_not_finite_shows_in_its_own_unit(value: float) -> None:
     left = random(UNITS, 200, 64, seed=1, dtype=torch.bfloat16)
