@@ -36,6 +36,22 @@ def _gram_tile(total, base, rows, columns, positions, width, stride, STEP: tl.co
 
 
 @triton.jit
+def _factor(memory, place, step, ALIGNED: tl.constexpr):
+    """Where one unit's part of a factor begins: ``[place] + step`` elements behind ``memory``."""
+    return memory + tl.multiple_of(tl.load(place), ALIGNED) + step
+
+
+@triton.jit
+def _triangle(tile):
+    """Row and column of a tile of the lower triangle, counted row by row."""
+    row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
+    # The root is rounded: at a corner it may name the row before or after.
+    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
+    return row, tile - row * (row + 1) // 2
+
+
+@triton.jit
 def _gram_product(
     memory, places, product, largest,
     width0, width1, width2, width3, width,
@@ -48,39 +64,35 @@ def _gram_product(
     """One tile of the lower triangle of one unit's two Gram matrices, multiplied and summed.
 
     Each layer has five ``places``: how many elements its factors lie behind ``memory``. Many layers
-    in one launch fill a GPU on which one would leave a half of the processors waiting.
+    in one launch fill a GPU on which one would leave half of the processors waiting.
     """
-    tile, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    layer = tl.program_id(2).to(tl.int64)
-    row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
-    # The root is rounded: at a corner it may name the row before or after.
-    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
-    row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
-    column = tile - row * (row + 1) // 2
+    tile = tl.program_id(0)
+    unit, layer = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row, column = _triangle(tile)
     rows, columns = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
-    own = tl.zeros((TILE, TILE), dtype=tl.float32)
-    first = memory + tl.multiple_of(tl.load(places + 5 * layer), ALIGNED) + unit * unit0
-    own = _gram_tile(own, first, rows, columns, positions, width0, stride0, STEP)
+    places += 5 * layer
+    own, other = tl.zeros((TILE, TILE), tl.float32), tl.zeros((TILE, TILE), tl.float32)
+    base = _factor(memory, places, unit * unit0, ALIGNED)
+    own = _gram_tile(own, base, rows, columns, positions, width0, stride0, STEP)
     if LEFTS > 1:
-        more = memory + tl.multiple_of(tl.load(places + 5 * layer + 1), ALIGNED) + unit * unit1
-        own = _gram_tile(own, more, rows, columns, positions, width1, stride1, STEP)
+        base = _factor(memory, places + 1, unit * unit1, ALIGNED)
+        own = _gram_tile(own, base, rows, columns, positions, width1, stride1, STEP)
     if LEFTS > 2:
-        more = memory + tl.multiple_of(tl.load(places + 5 * layer + 2), ALIGNED) + unit * unit2
-        own = _gram_tile(own, more, rows, columns, positions, width2, stride2, STEP)
+        base = _factor(memory, places + 2, unit * unit2, ALIGNED)
+        own = _gram_tile(own, base, rows, columns, positions, width2, stride2, STEP)
     if LEFTS > 3:
-        more = memory + tl.multiple_of(tl.load(places + 5 * layer + 3), ALIGNED) + unit * unit3
-        own = _gram_tile(own, more, rows, columns, positions, width3, stride3, STEP)
-    other = tl.zeros((TILE, TILE), dtype=tl.float32)
-    right = memory + tl.multiple_of(tl.load(places + 5 * layer + 4), ALIGNED) + unit * unit_right
-    other = _gram_tile(other, right, rows, columns, positions, width, stride_right, STEP)
-    both = own * other
+        base = _factor(memory, places + 3, unit * unit3, ALIGNED)
+        own = _gram_tile(own, base, rows, columns, positions, width3, stride3, STEP)
+    base = _factor(memory, places + 4, unit * unit_right, ALIGNED)
+    other = _gram_tile(other, base, rows, columns, positions, width, stride_right, STEP)
     same = rows[:, None] == columns[None, :]
     left_squares = tl.maximum(tl.sum(tl.where(same, own, 0.0), 1), 0.0) + least_left
     right_squares = tl.maximum(tl.sum(tl.where(same, other, 0.0), 1), 0.0) + least_right
     sizes = tl.where(row == column, tl.sqrt(left_squares * right_squares), 0.0)
-    place = (layer * units + unit) * tiles + tile
     # What lies below the diagonal counts for what lies above, too.
-    tl.store(product + place, tl.sum(tl.sum(both, 1), 0) * tl.where(row == column, 1.0, 2.0))
+    total = tl.sum(tl.sum(own * other, 1), 0) * tl.where(row == column, 1.0, 2.0)
+    place = (layer * units + unit) * tiles + tile
+    tl.store(product + place, total)
     tl.store(largest + place, tl.sum(sizes, 0))
 
 
@@ -125,9 +137,7 @@ def launch_gram(
         least: as in `kernels.gram_products`.
         tile: positions along a side of a tile.
     """
-    filled = [
-        [*factors[:-1], *[factors[-1]] * (5 - len(factors)), factors[-1]] for factors in layers
-    ]
+    filled = [[*factors[:-1], *[factors[-1]] * (6 - len(factors))] for factors in layers]
     like = filled[0]
     memory, size = like[-1], like[-1].element_size()
     behind = [[(f.data_ptr() - memory.data_ptr()) // size for f in factors] for factors in filled]

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# Up to so many elements together: on a GPU the launches for each would take longer than copies.
-_BUNDLE = 2**26
+# On a GPU the launches for each would take longer than the copies that bring them together: up to
+# so many elements of parameters that have up to so many.
+_BUNDLE, _ALONE = 2**26, 2**23
 # The sums of smaller parameters lie in one buffer, so they do not mix with others.
 _SMALL = 2**20
 # On the CPU, where a draw costs less than a copy, a larger parameter has its own.
@@ -31,7 +32,7 @@ def bundles(parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, ...]]:
     filled: Counter[tuple[object, ...]] = Counter()
     for name, parameter in parameters.items():
         size, device = parameter.numel(), parameter.device
-        if size > (_SMALL_ON_CPU if device.type == "cpu" else _BUNDLE):
+        if size > (_SMALL_ON_CPU if device.type == "cpu" else _ALONE):
             found[False, name] = [name]
             continue
         kind = size <= _SMALL, device, parameter.dtype
