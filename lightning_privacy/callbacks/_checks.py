@@ -189,6 +189,7 @@ class RowChecks:
             rows,
             layouts=self._layouts,
             loss_reduction=self._settings.loss_reduction,
+            negligible=self._negligible(),
         )
         for draws in Draws:
             self._compare_pair(probe, rows[:2], draws, draws % 2)

@@ -9,6 +9,9 @@ a few rows are trained together and alone, and the gradients are compared, for e
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,28 +23,32 @@ from lightning_privacy.clipping.products import full_precision
 from lightning_privacy.clipping.randomness import preserved_state, steady, without_randomness
 from lightning_privacy.clipping.refusals import dependence, incomplete, memory, needs_company
 from lightning_privacy.clipping.row_gradients import (
+    Gradients,
     LossOf,
     captured,
     difference,
     finite,
+    floor_of,
+    norm,
+    rounding_of,
     row_of,
     scaled_by,
-    sum_of,
     tolerance_of,
 )
 from lightning_privacy.errors import PrivacyError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from lightning_privacy.clipping.contributions import Contribution
     from lightning_privacy.clipping.layout import Layouts
 
 # Rounding differs from run to run by this much more than permuting the rows shows.
 _NOISE_FACTOR = 20.0
 _MOST_NOISE = 2.0
+
+_Apart = Callable[..., tuple[float, str]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +58,7 @@ class IndependenceReport:
     Attributes:
         worst: largest relative difference between a row's gradient in the batch and alone.
         parameter: where it was found.
-        tolerance: the largest difference that would have passed.
+        tolerance: the largest difference that would have passed for any row.
         rows: number of rows compared.
     """
 
@@ -69,6 +76,7 @@ def check_independence(
     *,
     layouts: Layouts,
     loss_reduction: str = "mean",
+    negligible: float = 0.0,
 ) -> IndependenceReport:
     """Compare per-example gradients in a batch with those of each row alone.
 
@@ -84,6 +92,7 @@ def check_independence(
         rows: a few different rows of the data set, at least two.
         layouts: from `learn_layouts`.
         loss_reduction: ``"mean"`` or ``"sum"`` over rows.
+        negligible: a row's gradient below this norm is compared on that scale, because of rounding.
 
     Returns:
         What was measured.
@@ -105,48 +114,62 @@ def check_independence(
         with without_reentrant_checkpointing():
             require_covered(module, parameters.values(), [loss_of(rows[:1]), loss_of(rows[:1])])
         turned = captured(parameters, loss_of, [*rows[1:], rows[0]], layouts) or {}
-        noise = _noise_of_place(module, parameters, together, turned, len(rows), base, low)
+        placed, moved = (
+            [row_of(found, i, parameters, scale) for i in range(len(rows))]
+            for found in (together, turned)
+        )
+        apart = functools.partial(difference, floor=floor_of(negligible, low), low_precision=low)
+        comparison = _Comparison(module, parameters, loss_of, apart)
+        noise, _ = comparison.worst(rows, placed, [moved[-1], *moved[:-1]], base)
         tolerance = max(base, min(_NOISE_FACTOR * noise, _MOST_NOISE * base))
-        worst, where = 0.0, ""
-        for i, index in enumerate(rows):
-            own = row_of(together, i, parameters, scale)
-            alone = _alone(parameters, loss_of, index)
-            if not finite(alone) and not finite(own):
-                continue  # such a row contributes zero to any sum
-            if i == 0 and finite(alone):
-                _require_no_memory(first, alone, tolerance, low)
-            found, name = difference(own, alone, low_precision=low)
-            if not found <= tolerance:
-                raise dependence(module, name, found, tolerance, scaled_by(own, alone))
-            if found >= worst:
-                worst, where = found, name
-        if all(finite(row_of(together, i, parameters)) for i in range(len(rows))):
-            _require_complete(parameters, loss_of, rows, together, tolerance, still.low_precision)
+        alone = (_alone(parameters, loss_of, row) for row in rows)
+        worst, where = comparison.worst(rows, placed, alone, tolerance, first)
+        if all(map(finite, placed)):
+            plain = _plain(parameters, loss_of, rows)
+            _require_complete(placed, plain, scale, tolerance, apart)
     return IndependenceReport(worst=worst, parameter=where, tolerance=tolerance, rows=len(rows))
 
 
-def _noise_of_place(
-    module: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    together: Mapping[str, list[Contribution]],
-    turned: Mapping[str, list[Contribution]],
-    rows: int,
-    base: float,
-    low_precision: bool,
-) -> float:
-    """How much a row's gradient changes with its place in the batch: rounding, or a refusal."""
-    noise = 0.0
-    for i in range(rows):
-        own = row_of(together, i, parameters)
-        moved = row_of(turned, (i or rows) - 1, parameters)
-        if not finite(own) and not finite(moved):
-            continue
-        found, name = difference(own, moved, low_precision=low_precision)
-        if not found <= base:
-            # More than rounding: the gradient depends on where in the batch a row stands.
-            raise dependence(module, name, found, base, scaled_by(own, moved))
-        noise = max(noise, found)
-    return noise
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Comparison:
+    """How rows' gradients in a batch are compared with what they are otherwise."""
+
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    loss_of: LossOf
+    apart: _Apart
+
+    def worst(
+        self,
+        rows: Sequence[int],
+        placed: Sequence[Mapping[str, Tensor]],
+        otherwise: Iterable[Mapping[str, Tensor]],
+        tolerance: float,
+        before: Mapping[str, Tensor] | None = None,
+    ) -> tuple[float, str]:
+        """The largest difference and where; more than rounding is refused.
+
+        ``before`` is what the first row was before any other, and must still be.
+        """
+        worst, where = 0.0, ""
+        for row, own, other in zip(rows, placed, otherwise, strict=True):
+            if before is not None and finite(other):
+                _require_no_memory(before, other, tolerance, self.apart)
+            before = None
+            if not finite(own) and not finite(other):
+                continue  # such a row contributes zero to any sum
+            found, name = self.apart(own, other)
+            if not found <= tolerance and not found <= self.rounding(row):
+                raise dependence(self.module, name, found, tolerance, scaled_by(own, other))
+            if found >= worst:
+                worst, where = found, name
+        return worst, where
+
+    def rounding(self, row: int) -> float:
+        """How much rounding can do to a row alone."""
+        alone = _alone(self.parameters, self.loss_of, row)
+        again = functools.partial(_alone, self.parameters, self.loss_of, row)
+        return rounding_of(self.parameters, lambda: self.apart(again(), alone)[0])
 
 
 def learn(
@@ -185,26 +208,26 @@ def _alone(parameters: Mapping[str, nn.Parameter], loss_of: LossOf, row: int) ->
 
 
 def _require_complete(
-    parameters: Mapping[str, nn.Parameter],
-    loss_of: LossOf,
-    rows: Sequence[int],
-    together: Mapping[str, list[Contribution]],
+    rows: Sequence[Gradients],
+    plain: Mapping[str, Tensor],
+    scale: float,
     tolerance: float,
-    low_precision: bool,
+    apart: _Apart,
 ) -> None:
-    plain = _plain(parameters, loss_of, rows)
-    total = sum_of(together, len(rows), parameters)
-    found, name = difference(total, plain, low_precision=low_precision)
+    """The rows' gradients add up to autograd's own."""
+    names = rows[0]
+    total = Gradients(names, lambda name: functools.reduce(torch.add, (row[name] for row in rows)))
+    whole = Gradients(plain, lambda name: plain[name] * scale)
+    # Rows may cancel, as they do at an optimum: what is left is rounding of what they are.
+    sizes = {name: math.sqrt(sum(norm([row[name]]) ** 2 for row in rows)) for name in names}
+    found, name = apart(total, whole, sizes=sizes)
     if not found <= tolerance:
         raise incomplete(name, found, tolerance)
 
 
 def _require_no_memory(
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    tolerance: float,
-    low_precision: bool,
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], tolerance: float, apart: _Apart
 ) -> None:
-    found, name = difference(before, after, low_precision=low_precision)
+    found, name = apart(before, after)
     if not found <= tolerance:
         raise memory(name, found, tolerance)

@@ -23,11 +23,13 @@ from lightning_privacy.clipping.randomness import (
 )
 from lightning_privacy.clipping.refusals import dependence, memory
 from lightning_privacy.clipping.row_gradients import (
+    MOST_ROUNDING,
     GradientCheck,
     LossOf,
     captured,
     difference,
     finite,
+    floor_of,
     row_of,
     scaled_by,
     tolerance_of,
@@ -41,10 +43,6 @@ if TYPE_CHECKING:
 
 # Rounding beside another row may be this much more than beside a copy.
 _NOISE_FACTOR = 5.0
-# Small gradients of what is learnt already round badly; more than this is no rounding.
-_MOST_ROUNDING = 0.25
-# In low precision rounding shows below this many times `negligible`.
-_LOW_PRECISION = 100.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -132,12 +130,12 @@ class PairCheck(GradientCheck):
         # each place of a batch.
         copied = self._batch(loss_of, [row, row]).gradients[place]
         rounding = _NOISE_FACTOR * self._difference(copied, alone, low)[0]
-        tolerance = max(tolerance, min(rounding, _MOST_ROUNDING))
+        tolerance = max(tolerance, min(rounding, MOST_ROUNDING))
         if not found <= tolerance:
             raise dependence(self.module, name, found, tolerance, scaled_by(own, alone))
 
     def _difference(
         self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], low: bool
     ) -> tuple[float, str]:
-        floor = self.negligible * (_LOW_PRECISION if low else 1.0)
+        floor = floor_of(self.negligible, low)
         return difference(first, second, floor=floor, low_precision=low)

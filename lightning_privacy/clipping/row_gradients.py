@@ -32,6 +32,14 @@ _LOW_PRECISION_TOLERANCE = 0.1
 _FLOOR = 1e-3
 # In low precision the kernels for one row and for several round small gradients apart.
 _LOW_PRECISION_FLOOR = 3e-2
+# In low precision rounding shows below this many times `negligible`.
+_LOW_PRECISION = 100.0
+# Small gradients of what is learnt already round badly; more than this is no rounding.
+MOST_ROUNDING = 0.25
+# Parameters are moved by this share of themselves: some units in the last place of float32.
+_MOVE = 2.0**-20
+# Rounding beside other rows may be this much more than four such moves show.
+_MORE = 5.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +63,19 @@ class GradientCheck:
     negligible: float = 0.0
 
 
+def floor_of(negligible: float, low_precision: bool) -> float:
+    """The scale on which one row's smaller gradients are compared.
+
+    Args:
+        negligible: a row's gradient below this norm is learnt already, and rounds badly.
+        low_precision: whether a part of the forward was computed in bfloat16 or float16.
+
+    Returns:
+        The floor, for `difference`.
+    """
+    return negligible * (_LOW_PRECISION if low_precision else 1.0)
+
+
 def tolerance_of(parameters: Mapping[str, nn.Parameter], low_precision: bool) -> float:
     """The relative difference that rounding may cause.
 
@@ -67,6 +88,37 @@ def tolerance_of(parameters: Mapping[str, nn.Parameter], low_precision: bool) ->
     """
     types = [torch.bfloat16] if low_precision else [p.dtype for p in parameters.values()]
     return max(_TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE) for dtype in types)
+
+
+def rounding_of(
+    parameters: Mapping[str, nn.Parameter], difference_now: Callable[[], float]
+) -> float:
+    """How much rounding alone can do: as much as the last places of the parameters do.
+
+    Where a gradient is what is left of large terms, or a unit is about to be switched on, batches
+    of different sizes round apart. Who shares the batch is not asked here: no coupling shows.
+
+    Args:
+        parameters: the covered parameters by name; given back as they were.
+        difference_now: computes what is asked for anew, and how much it differs from before.
+
+    Returns:
+        Some times the largest difference, `MOST_ROUNDING` at most.
+    """
+    kept = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+    found = 0.0
+    try:
+        # Two directions, each there and back: one alone may be the one that changes nothing.
+        for quarter in range(4):
+            for parameter, value in kept:
+                # As good as random signs, in any layout and without drawing any.
+                signs = (1e5 * value + quarter * math.pi / 2).sin().sign()
+                parameter.data.copy_(value * (1 + _MOVE * signs))
+            found = max(found, difference_now())
+    finally:
+        for parameter, value in kept:
+            parameter.data.copy_(value)
+    return min(_MORE * found, MOST_ROUNDING)
 
 
 def captured(
@@ -134,19 +186,6 @@ def row_of(
         return instantiated(items, parameters[name].shape)[0] * scale
 
     return Gradients(found, own)
-
-
-def sum_of(
-    found: Mapping[str, list[Contribution]], rows: int, parameters: Mapping[str, nn.Parameter]
-) -> Gradients:
-    """The sum of all rows' gradients by parameter name."""
-    each = [row_of(found, row, parameters) for row in range(rows)]
-
-    def total(name: str) -> Tensor:
-        first, *others = (own[name] for own in each)
-        return sum(others, first)
-
-    return Gradients(found, total)
 
 
 def _only(item: Contribution, row: int) -> Contribution:

@@ -192,6 +192,23 @@ def test_rows_that_are_read_together(kind: str, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- mixed precision
+class Learnt(Regression):
+    """A model that gives its rows' targets but for rounding, as one that is trained further."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(FEATURES, 2048), nn.Linear(2048, 1))
+
+
+def test_a_model_that_has_learnt_already_trains(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, callback, x = Learnt(), privacy(noise_multiplier=100.0), data().tensors[0]
+    with torch.no_grad():
+        rows = TensorDataset(x, torch.cat([module.net(row[None]) for row in x]) - 1e-5)
+    trainer(tmp_path, callback, max_steps=1).fit(module, DataLoader(rows, batch_size=4))
+    assert callback.steps == 1
+
+
 class WeaklyMixed(Regression):
     def loss(self, batch: Any) -> Tensor:
         return mixed(self, batch, 0.02)

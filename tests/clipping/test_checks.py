@@ -320,6 +320,59 @@ def test_a_zero_gradient_passes() -> None:
     assert report.worst == 0.0
 
 
+def test_rows_that_cancel_are_complete() -> None:
+    """At an optimum rows add up to rounding, which is another than autograd's."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 1)), torch.randn(1, 64)
+    with torch.no_grad():
+        target = model(x) + torch.tensor([[3.0], [-3.0], [3.0], [-3.0]])
+    for rows in ([0, 1], [0, 1, 2, 3]):
+        checked(model, lambda m, rows: F.mse_loss(m(x.repeat(len(rows), 1)), target[rows]), rows)
+
+
+def test_differences_of_rows_that_are_learnt_already_are_compared_on_a_fixed_scale() -> None:
+    model = nn.Linear(6, 3)
+    with torch.no_grad():
+        model.weight.mul_(0)
+        model.bias.copy_(torch.tensor([16.0, 0.0, 0.0]))
+
+    def loss(m: Any, rows: list[int]) -> Tensor:
+        return F.cross_entropy(m(X[rows]) * (1 + 0.01 * len(set(rows))), 0 * Y[rows])
+
+    checked(model, loss, negligible=1e-3)
+    with pytest.raises(GuaranteeError):
+        checked(model, loss)
+
+
+def test_small_residuals_may_round_and_nothing_else() -> None:
+    """A row alone is computed by another kernel than a batch: residuals of 1e-5 differ by 1 %."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 2048), nn.Linear(2048, 1))
+    with torch.no_grad():
+        target = torch.cat([model(row[None]) for row in X]) - 1e-5
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def loss(m: Any, rows: list[int]) -> Tensor:
+        return F.mse_loss(m(X[rows]), target[rows])
+
+    checked(model, loss)
+    assert all(map(torch.equal, before, model.parameters()))
+    for coupled in (
+        lambda m, rows: loss(m, rows) * (1 + 0.1 * len(rows)),
+        lambda m, rows: F.mse_loss(m(X[rows] + 0.01 * X[rows].mean(0)), target[rows]),
+    ):
+        with pytest.raises(GuaranteeError):
+            checked(model, coupled)
+    # What is rounding altogether may be anything, and is not taken for rounding.
+    target += 1e-5
+    with pytest.raises(GuaranteeError):
+        checked(model, lambda m, rows: loss(m, rows) * len(rows))
+    # Residuals that do not round badly: nothing is allowed for.
+    target += 1
+    with pytest.raises(GuaranteeError):
+        checked(model, lambda m, rows: loss(m, rows) * (1 + 0.001 * len(rows)))
+
+
 def test_a_gradient_that_is_not_a_number_is_a_difference() -> None:
     def loss(m: Any, rows: list[int]) -> Tensor:
         value = classify(m, rows)
