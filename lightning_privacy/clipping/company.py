@@ -167,7 +167,7 @@ class CompanyCheck(GradientCheck):
         for name in list(found):
             parameter, items = self.parameters[name], found.pop(name)
             weights = torch.tensor([signs[row] * scale for row in rows], device=parameter.device)
-            squares = sum(float(part.sum()) for part in squared_norms({name: items}))
+            squares = sum(float(part.double().sum()) for part in squared_norms({name: items}))
             parts = [item.weighted_sum(weights, parameter.shape) for item in items]
             total.add(name, parts, scale**2 * squares)
         return total

@@ -18,6 +18,7 @@ from lightning_privacy.audit.probe import HEAVY, ProbeModule, ProbeSettings, pro
 from lightning_privacy.callbacks._checks import RowChecks
 from lightning_privacy.clipping import company
 from lightning_privacy.clipping.checks import learn
+from lightning_privacy.clipping.layout import Layouts
 from lightning_privacy.errors import GuaranteeError
 from tests.callbacks.training import LIGHTNING_NOISE, Regression, data, loader, privacy, trainer
 
@@ -592,7 +593,6 @@ def test_averaged_weights_may_be_saved(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_has_no_gradient_has_no_company() -> None:
-    from lightning_privacy.clipping.layout import Layouts
 
     layer = nn.Linear(3, 1)
     check = company.CompanyCheck(
@@ -627,3 +627,24 @@ def test_rows_that_cancel_pass(monkeypatch: pytest.MonkeyPatch) -> None:
             own = functools.partial(next, itertools.cycle(signs))
             monkeypatch.setattr(company.secrets, "choice", lambda _both, own=own: own())
             check.run(chosen)
+
+
+def test_rows_of_which_each_is_just_finite_hide_no_coupling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their squared norms are finite in float32, and the sum of these is not."""
+    monkeypatch.setattr(company.secrets, "choice", lambda _both: 1.0)
+    layer = nn.Linear(1, 1, bias=False)
+
+    def loss_of(rows: Sequence[int]) -> Tensor:
+        x = torch.full((len(rows), 1), 1.5e19)
+        return (layer(x) * (1 + len(rows) / 100)).mean()
+
+    check = company.CompanyCheck(
+        module=layer,
+        parameters=dict(layer.named_parameters()),
+        loss_of=loss_of,
+        layouts=Layouts(),
+    )
+    with pytest.raises(GuaranteeError, match="8 rows together differ"):
+        check.run(list(range(8)))
