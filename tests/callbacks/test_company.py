@@ -638,13 +638,14 @@ def test_rows_of_which_each_is_just_finite_hide_no_coupling(
 
     def loss_of(rows: Sequence[int]) -> Tensor:
         x = torch.full((len(rows), 1), 1.5e19)
-        return (layer(x) * (1 + len(rows) / 100)).mean()
+        return (layer(x) * (1 + len(rows) / 100)).sum()
 
     check = company.CompanyCheck(
         module=layer,
         parameters=dict(layer.named_parameters()),
         loss_of=loss_of,
         layouts=Layouts(),
+        loss_reduction="sum",
     )
     with pytest.raises(GuaranteeError, match="8 rows together differ"):
         check.run(list(range(8)))
