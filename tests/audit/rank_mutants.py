@@ -172,7 +172,8 @@ def the_part_of_the_last_rank_is_lost() -> Iterator[Audited]:
         yield audited
 
 
-@broken("sampling", "accounted rate")
+# It drops the last of a draw: that too few are drawn shows, or that some are drawn too rarely.
+@broken("sampling", "drawn")
 def ranks_drop_what_does_not_divide_evenly() -> Iterator[Audited]:
     def even(draw: Any, ranks: int, size: int | None) -> Any:
         rows = draw.indices if draw.drawn else ()
