@@ -29,7 +29,7 @@ def quiet(noise_multiplier, **settings):
 if __name__ == "__main__":
     where = {"devices": 2, "strategy": "private_ddp"}
     good, bad = (verify_trainer(a, **where) for a in (DifferentialPrivacy, quiet))
-    print(good.passed, len(good.checks), bad.passed, len(bad.checks))
+    print(good.passed, len(good.checks), bad.passed, len(bad.checks), good.error, bad.error)
 """
 
 
@@ -92,7 +92,7 @@ def test_a_script_audits_the_processes_that_lightning_starts_for_it(tmp_path: Pa
         capture_output=True, text=True, timeout=280, check=True,
     )  # fmt: skip
     # Both processes say the same.
-    assert sorted(done.stdout.split("\n"))[1:] == ["True 63 False 63"] * 2
+    assert sorted(done.stdout.split("\n"))[1:] == ["True 63 False 63 None None"] * 2
 
 
 def test_more_devices_than_ranks_is_a_failed_audit() -> None:
