@@ -97,15 +97,20 @@ def gram_products(
     """`gram_product` of several layers, whose order does not matter.
 
     Args:
-        layers: lefts and right of each, all of one type.
+        layers: lefts and right of each; the rights are of one type.
 
     Returns:
         As `gram_product`, ``[L, U]``.
     """
-    served = [layer for layer in layers if kernels.serve(*layer[0], layer[1])]
-    found = [kernels.gram_products(served, hidden(served[0][1].dtype))] if served else []
-    others = [gram_product(*layer) for layer in layers if not kernels.serve(*layer[0], layer[1])]
-    found += [(product[None], largest[None]) for product, largest in others]
+    served, found = [], []
+    for lefts, right in layers:
+        if kernels.serve(*lefts, right):
+            served.append((lefts, right))
+        else:
+            product, largest = gram_product(lefts, right)
+            found.append((product[None], largest[None]))
+    if served:
+        found.append(kernels.gram_products(served, hidden(served[0][1].dtype)))
     products, sizes = zip(*found, strict=True)
     return torch.cat(products), torch.cat(sizes)
 

@@ -593,7 +593,6 @@ def test_averaged_weights_may_be_saved(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_has_no_gradient_has_no_company() -> None:
-
     layer = nn.Linear(3, 1)
     check = company.CompanyCheck(
         module=layer,
